@@ -1,0 +1,210 @@
+"""The one entry point: `pivot VERB`. Parses, calls, prints. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.errors import RunError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed while running, 2 the input or config is wrong."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: a name that is no folder must not become a download
+    try:
+        return int(args.run(args) or 0)
+    except (UserError, RunError) as error:
+        if args.debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"pivot: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("pivot: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="pivot", description="Evolve vision encoders by preference training.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str, group: Any = verbs) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(run=run)
+        return made
+
+    p = verb("demo", _demo, "the whole recipe, small, on this machine; ends with a report")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
+    p.add_argument("--processes", type=int, default=2, help="processes to train with (default: 2)")
+
+    p = verb("check", _check, "validate configs: every error at once")
+    p.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
+
+    p = verb("train", _train, "one run; resumes by itself if its folder holds a checkpoint")
+    p.add_argument("config", type=Path, metavar="RUN.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--processes", type=int, help="processes on this machine (default: one a GPU, or the layout's own)")
+
+    _add_convert(verb, verbs)
+    _add_data(verb, verbs)
+
+    p = verb("doctor", _doctor, "what this machine has, what is missing, and what that costs")
+    p.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_convert(verb: Any, verbs: Any) -> None:
+    group = verbs.add_parser("convert", help="Hugging Face folders to checkpoints and back").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    p = verb("import", _import, "Hugging Face folders into a checkpoint", group)
+    p.add_argument("--encoder", type=Path, required=True, help="SigLIP / SigLIP2 folder")
+    p.add_argument("--llm", type=Path, required=True, help="Qwen2 / Qwen2.5 folder")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--feature-layer", type=int, default=-2, help="hidden_states index, from the end (default: -2)")
+    p.add_argument("--seed", type=int, default=777, help="of the fresh projector (default: 777)")
+    p = verb("export", _export, "a checkpoint's part as a Hugging Face folder", group)
+    p.add_argument("checkpoint", type=Path, metavar="CKPT")
+    p.add_argument("--part", choices=("encoder", "mllm"), required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--last-layer", choices=("drop", "original"), default="drop")
+    p.add_argument("--original", type=Path, help="the encoder folder that the run started from")
+    p = verb("verify", _verify, "a checkpoint against Hugging Face folders: every tensor, and a forward pass", group)
+    p.add_argument("checkpoint", type=Path, metavar="CKPT")
+    p.add_argument("--encoder", type=Path, required=True)
+    p.add_argument("--llm", type=Path, required=True)
+
+
+def _add_data(verb: Any, verbs: Any) -> None:
+    group = verbs.add_parser("data", help="make, index and look at shards").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    p = verb("synthetic", _synthetic, "rendered visual questions: text, charts and scenes", group)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--count", type=int, required=True)
+    p.add_argument("--kind", choices=("pairs", "caption", "instruct"), default="pairs")
+    p.add_argument("--seed", type=int, default=777)
+    p.add_argument("--image-size", type=int, default=64)
+    p = verb("index", _index, "write index.json for a folder of tars", group)
+    p.add_argument("shards", type=Path)
+    p = verb("inspect", _inspect, "what a folder of shards holds", group)
+    p.add_argument("shards", type=Path)
+    p.add_argument("--samples", type=int, default=3, help="samples to show (default: 3)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from pivot_megatron.recipe.demo import run_demo
+
+    run_demo(args.out, args.processes)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pivot_megatron.config.load import load_config
+
+    wrong = 0
+    for path in args.configs:
+        try:
+            load_config(path)
+            print(f"{path}: ok")
+        except UserError as error:
+            wrong += 1
+            for line in str(error).splitlines():
+                print(line, file=sys.stderr)
+    return 2 if wrong else 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pivot_megatron.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    if "RANK" not in os.environ:
+        from pivot_megatron.runtime.launch import default_processes, launch
+
+        processes = args.processes or default_processes(config.layout)
+        if processes > 1:
+            return launch(processes, ["train", str(args.config), *args.overrides])
+    elif args.processes:
+        raise UserError(
+            "--processes: this process was started by a launcher, which says how many there are; leave it out"
+        )
+    from pivot_megatron.train.progress import show_steps
+    from pivot_megatron.train.trainer import train
+
+    with show_steps(config.name) as report:
+        train(config, report)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from pivot_megatron.convert.commands import import_checkpoint
+
+    import_checkpoint(args.encoder, args.llm, args.out, args.feature_layer, args.seed)
+    print(args.out)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pivot_megatron.convert.commands import export_checkpoint
+
+    export_checkpoint(args.checkpoint, args.part, args.out, args.last_layer, args.original)
+    print(args.out)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pivot_megatron.convert.verify import verify_checkpoint
+
+    report = verify_checkpoint(args.checkpoint, args.encoder, args.llm)
+    print(report.table())
+    return 0 if report.passed else 1
+
+
+def _synthetic(args: argparse.Namespace) -> int:
+    from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
+
+    if args.kind == "pairs":
+        write_pairs(args.out, args.count, args.seed, args.image_size)
+    else:
+        write_conversations(args.out, args.count, args.seed, args.image_size, kind=args.kind)
+    print(args.out)
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from pivot_megatron.data.shards import write_index
+
+    shards = write_index(args.shards)
+    print(f"{args.shards}: {sum(s.samples for s in shards)} samples in {len(shards)} tars")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pivot_megatron.data.inspect import describe_shards
+
+    print(describe_shards(args.shards, args.samples))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pivot_megatron.runtime.doctor import as_text, examine
+
+    findings = examine()
+    print(json.dumps([f.as_dict() for f in findings], indent=2) if args.json else as_text(findings))
+    return 0
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Rules across fields: everything that can be seen to be wrong before a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pivot_megatron.config.schema import Component, Layout, RunConfig
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Every broken rule as `dotted.path: what is wrong, what to do`; empty if the config can be run."""
+    return [*_components(config), *_batch(config), *_layout(config.layout), *_optimizer(config), *_objective(config)]
+
+
+def _components(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    for name, component, needed in (
+        ("encoder", model.encoder, True),
+        ("llm", model.llm, True),
+        ("projector", model.projector, False),
+    ):
+        yield from _component(name, component, needed)
+    if model.encoder.feature_layer >= 0:
+        yield (
+            f"model.encoder.feature_layer: counts from the end, so it must be negative (-2 is the last layer but one), "
+            f"found {model.encoder.feature_layer}"
+        )
+
+
+def _component(name: str, component: Component, needed: bool) -> Iterator[str]:
+    sources = component.sources
+    if len(sources) > 1:
+        yield f"model.{name}: one of hf, checkpoint, fresh, found {' and '.join(sources)}"
+    if not sources and needed:
+        yield f"model.{name}: one of hf, checkpoint, fresh must say where it starts from, found none"
+    if name == "projector" and component.hf is not None:
+        yield "model.projector.hf: a projector comes from a checkpoint or starts fresh (leave it out)"
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    batch = config.batch
+    if batch.micro_size < 1 or batch.global_size < 1:
+        yield f"batch: sizes must be at least 1, found global {batch.global_size}, micro {batch.micro_size}"
+    elif batch.global_size % batch.micro_size:
+        yield (
+            f"batch.global_size: must be a multiple of micro_size x data-parallel ranks, "
+            f"found {batch.global_size} with micro_size {batch.micro_size}"
+        )
+    if (batch.epochs is None) == (batch.steps is None):
+        yield "batch: exactly one of epochs and steps says how long the run is"
+    for key in ("epochs", "steps"):
+        value = getattr(batch, key)
+        if value is not None and value <= 0:
+            yield f"batch.{key}: must be positive, found {value}"
+
+
+def _layout(layout: Layout) -> Iterator[str]:
+    for key in ("tensor", "pipeline"):
+        if getattr(layout, key) < 1:
+            yield f"layout.{key}: must be at least 1, found {getattr(layout, key)}"
+    for key in ("first_stage_layers", "last_stage_layers"):
+        if getattr(layout, key) is not None and layout.pipeline == 1:
+            yield f"layout.{key}: has a meaning only with pipeline > 1; leave it out"
+    if layout.overlap_parameter_gather and not layout.overlap_gradient_reduce:
+        yield "layout.overlap_parameter_gather: needs overlap_gradient_reduce: true"
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.learning_rate <= 0:
+        yield f"optimizer.learning_rate: must be positive, found {optimizer.learning_rate}"
+    if not 0 <= optimizer.warmup_fraction < 1:
+        yield f"optimizer.warmup_fraction: must be in [0, 1), found {optimizer.warmup_fraction}"
+    for i, rule in enumerate(config.parameters):
+        if rule.rate != "frozen" and rule.rate <= 0:
+            yield f"parameters.{i}.rate: a positive factor or `frozen`, found {rule.rate}"
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.kind == "dpo":
+        if objective.beta <= 0:
+            yield f"objective.beta: must be positive, found {objective.beta}"
+        if not 0 <= objective.label_smoothing < 0.5:
+            yield f"objective.label_smoothing: must be in [0, 0.5), found {objective.label_smoothing}"
+        if config.data.too_long == "truncate":
+            yield "data.too_long: `truncate` would cut answers whose whole log-prob DPO compares; use `drop`"
+    if not config.data.shards:
+        yield "data.shards: at least one folder of shards, found none"
+    if config.checkpoints.every < 1 or config.checkpoints.keep < 1:
+        yield "checkpoints: every and keep must be at least 1"

@@ -1,0 +1,174 @@
+"""What a run is, as frozen dataclasses. One YAML file decodes into one `RunConfig`; nothing is changed after loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+
+class Strict:
+    """An unknown key is an error; a number written as text (`1e-5` is text to YAML) is a number."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Component(Strict):
+    """Where a part of the model starts from: exactly one of the three for encoder and llm; the projector may have none.
+
+    `hf`: a Hugging Face folder (config and safetensors). `checkpoint`: a run's folder, its newest checkpoint, or one
+    checkpoint. `fresh`: a Hugging Face folder whose config alone is used, weights drawn at random from the run's seed.
+    """
+
+    hf: Path | None = None
+    checkpoint: Path | None = None
+    fresh: Path | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for name in ("hf", "checkpoint", "fresh") if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True)
+class Encoder(Component):
+    """`feature_layer` indexes Hugging Face's `hidden_states`: -2 is the output of the last layer but one, -1 of the last.
+
+    Layers past it are not built: they could not train.
+    """
+
+    feature_layer: int = -2
+
+
+@dataclass(frozen=True)
+class Model(Strict):
+    encoder: Encoder
+    llm: Component
+    projector: Component = field(default_factory=Component)
+
+
+@dataclass(frozen=True)
+class ParameterRule(Strict):
+    """`match` is a shell-style pattern over parameter names such as `encoder.decoder.layers.0.*`; `rate` multiplies the
+    learning rate, or is `frozen`. The first rule that matches a parameter holds."""
+
+    match: str
+    rate: float | Literal["frozen"]
+
+
+@dataclass(frozen=True)
+class Sft(Strict):
+    """Mean negative log-likelihood per answer token, over the first branch (the chosen answer of a pair)."""
+
+    kind: Literal["sft"] = "sft"
+
+
+@dataclass(frozen=True)
+class Dpo(Strict):
+    """Sigmoid DPO (Rafailov et al. 2023, eq. 7) with label smoothing (conservative DPO) and an optional SFT term."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Data(Strict):
+    """`shards`: folders of tars with an index. `sequence_length` counts image tokens too, per branch with its prefix."""
+
+    shards: tuple[Path, ...]
+    template: Literal["qwen_1_5", "plain", "tokenizer"] = "qwen_1_5"
+    sequence_length: int = 2048
+    too_long: Literal["drop", "truncate"] = "drop"
+    image_backend: Literal["pil", "torch"] = "torch"
+
+
+@dataclass(frozen=True)
+class Optimizer(Strict):
+    learning_rate: float
+    minimum_learning_rate: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_gradient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Batch(Strict):
+    """`global_size` samples (pairs) a step over all ranks, `micro_size` packed together. One of `epochs` and `steps`."""
+
+    global_size: int
+    micro_size: int
+    epochs: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout(Strict):
+    """Parallelism. Data parallelism is what the number of processes leaves. Sequence parallelism goes with tensor > 1.
+
+    `first_stage_layers` / `last_stage_layers`: LLM layers on those pipeline stages, where the encoder (first) or the
+    output layer (last) make an even split uneven in time.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    overlap_gradient_reduce: bool = False
+    overlap_parameter_gather: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor * self.pipeline
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1
+
+
+@dataclass(frozen=True)
+class Precision(Strict):
+    """`fp8` names a Transformer Engine recipe; null leaves GEMMs in `compute`. Master weights and Adam are fp32."""
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
+
+
+@dataclass(frozen=True)
+class Recompute(Strict):
+    """Activations computed again in the backward pass: none, the core attention only, or every layer."""
+
+    encoder: Literal["none", "selective", "full"] = "none"
+    llm: Literal["none", "selective", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class Checkpoints(Strict):
+    """`every` steps (and always at the end); the newest `keep` stay."""
+
+    every: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig(Strict):
+    name: str
+    out: Path
+    model: Model
+    objective: Annotated[Sft | Dpo, Field(discriminator="kind")]
+    data: Data
+    optimizer: Optimizer
+    batch: Batch
+    parameters: tuple[ParameterRule, ...] = ()
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    recompute: Recompute = field(default_factory=Recompute)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    seed: int = 777

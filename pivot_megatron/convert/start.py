@@ -1,0 +1,58 @@
+"""Where a run's model starts from: its architecture, and its weights, component by component."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pivot_megatron.config.schema import Component, Model
+from pivot_megatron.convert.load import FreshParts, hf_shapes, hf_source, load_component
+from pivot_megatron.convert.plan import COMPONENTS
+from pivot_megatron.convert.store import Description, describe, load_weights, resolve_checkpoint
+from pivot_megatron.errors import UserError
+from pivot_megatron.model.composition import VisionLanguageModel
+
+
+def _hf_folder(component: Component, name: str) -> Path:
+    if component.checkpoint is not None:
+        description = describe(resolve_checkpoint(component.checkpoint))
+        return description.encoder if name == "encoder" else description.llm
+    folder = component.hf or component.fresh
+    if folder is None:
+        raise UserError(f"model.{name}: one of hf, checkpoint, fresh must say where it starts from")
+    return folder
+
+
+def describe_start(model: Model) -> Description:
+    """The Hugging Face folders that describe what `model` asks for."""
+    return Description(_hf_folder(model.encoder, "encoder"), _hf_folder(model.llm, "llm"), model.encoder.feature_layer)
+
+
+def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
+    """Set every weight of this stage as `start` says. Collective over all ranks where a checkpoint is read."""
+    for name in COMPONENTS:
+        component: Component = getattr(start, name)
+        if component.checkpoint is not None:
+            checkpoint = resolve_checkpoint(component.checkpoint)
+            _check_fits(model, checkpoint, name)
+            load_weights(model, checkpoint, name)
+        elif component.hf is not None:
+            load_component(model, name, hf_source(model.arch, name, component.hf))
+        else:
+            load_component(model, name, FreshParts(hf_shapes(model, name), seed))
+
+
+def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None:
+    theirs, ours = describe(checkpoint).architecture(), model.arch
+    wanted = {
+        "encoder": (ours.encoder, theirs.encoder),
+        "llm": (ours.head, theirs.head),
+        "projector": ((ours.encoder.hidden, ours.head.hidden), (theirs.encoder.hidden, theirs.head.hidden)),
+    }
+    expected, found = wanted[name]
+    if expected != found:
+        raise UserError(f"model.{name}.checkpoint: {checkpoint}: expected {expected}, found {found}")
+    if name == "encoder" and ours.encoder_layers > theirs.encoder_layers:
+        raise UserError(
+            f"model.encoder.feature_layer: {checkpoint} holds {theirs.encoder_layers} of {theirs.encoder.layers} encoder "
+            f"layers, feature_layer {ours.feature_layer} needs {ours.encoder_layers}"
+        )

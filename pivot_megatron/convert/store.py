@@ -1,0 +1,144 @@
+"""Checkpoints that know no layout: megatron-core's `torch_dist` format beside the Hugging Face files that describe the model.
+
+step-000100/  metadata.json, *.distcp, common.pt   tensors, by global name
+              model.json                           format version, feature layer
+              hf/encoder, hf/llm                   config.json, image processor, tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, read_json
+from pivot_megatron.errors import UserError
+from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.model.compat import accepted
+from pivot_megatron.model.composition import Architecture, VisionLanguageModel
+from pivot_megatron.runtime.distributed import is_main_process
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Description:
+    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`."""
+
+    encoder: Path
+    llm: Path
+    feature_layer: int
+
+    def architecture(self) -> Architecture:
+        return Architecture(
+            encoder_architecture(read_json(self.encoder / "config.json"), str(self.encoder / "config.json")),
+            head_architecture(read_json(self.llm / "config.json"), str(self.llm / "config.json")),
+            self.feature_layer,
+        )
+
+    def copy_to(self, checkpoint: Path) -> None:
+        for name, source, files in (
+            ("encoder", self.encoder, ("config.json", PROCESSOR)),
+            ("llm", self.llm, ("config.json", *TOKENIZER_FILES)),
+        ):
+            target = checkpoint / "hf" / name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                if (source / file).exists():
+                    shutil.copyfile(source / file, target / file)
+        (checkpoint / "model.json").write_text(
+            json.dumps({"format": FORMAT, "feature_layer": self.feature_layer}, indent=2) + "\n"
+        )
+
+
+def describe(checkpoint: Path) -> Description:
+    """Raises UserError if `checkpoint` was written by a version whose format this one does not know."""
+    facts = read_json(checkpoint / "model.json")
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{checkpoint}: checkpoint format {facts.get('format')}, this version reads {FORMAT}")
+    return Description(checkpoint / "hf" / "encoder", checkpoint / "hf" / "llm", facts["feature_layer"])
+
+
+def steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """Whole checkpoints in a `checkpoints` folder, oldest first. One that a crash cut off carries another name."""
+    found = [(int(m[1]), path) for path in folder.glob("step-*") if (m := _STEP.search(path.name))]
+    return sorted(found)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from a checkpoint, a run's folder (its newest), or its `checkpoints` folder."""
+    if (path / "model.json").exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        if steps := steps_in(folder):
+            return steps[-1][1]
+    raise UserError(f"{path}: expected a checkpoint or a run's folder with one, found none; has that run saved yet?")
+
+
+def content_metadata() -> dict[str, Any]:
+    metadata: dict[str, Any] = ensure_metadata_has_dp_cp_group(
+        {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+        }
+    )
+    return metadata
+
+
+def save_state(state: dict[str, Any], out: Path, description: Description) -> None:
+    """Write `state` (tensors by `sharded_state_dict`) so that `out` is whole or absent. Collective over all ranks."""
+    part = out.with_name(out.name + ".part")
+    if is_main_process():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        description.copy_to(part)
+        # megatron-core wants an empty folder for its own files and warns otherwise.
+        (part / "tensors").mkdir()
+    dist.barrier()
+    options = accepted(dist_checkpointing.save, async_strategy="mcore")
+    dist_checkpointing.save(state, str(part / "tensors"), content_metadata=content_metadata(), **options)
+    dist.barrier()
+    if is_main_process():
+        shutil.rmtree(out, ignore_errors=True)
+        part.replace(out)
+    dist.barrier()
+
+
+def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """`state`'s tensors from `checkpoint`, whatever layout it was saved at, with its common entries."""
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint / "tensors"))
+    return loaded
+
+
+def common_state(checkpoint: Path) -> Mapping[str, Any]:
+    """What is not tensors: progress, scheduler, layout."""
+    common: Mapping[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint / "tensors"))
+    return common
+
+
+def save_weights(model: VisionLanguageModel, out: Path, description: Description) -> None:
+    save_state({"model": model.sharded_state_dict(metadata=content_metadata())}, out, description)
+
+
+def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str) -> None:
+    """Set `component` of this stage from a checkpoint, at any layout."""
+    wanted = {
+        name: value
+        for name, value in model.sharded_state_dict(metadata=content_metadata()).items()
+        if name.startswith(component + ".")
+    }
+    # megatron-core's load is collective: a stage without the component joins with nothing of its own.
+    loaded = load_state({"model": wanted}, checkpoint)
+    missing = [n for n in model.load_state_dict(loaded["model"], strict=False).missing_keys if n in wanted]
+    if missing:
+        raise UserError(f"{checkpoint}: expected {component} tensors, found no {missing[0]} ({len(missing)} missing)")

@@ -1,0 +1,67 @@
+"""The loader that a run's config asks for, with the tokenizer and image processor of its model's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.data.images import ImageTransform
+from pivot_megatron.data.loader import Loader, PairSet
+from pivot_megatron.data.tokens import SampleTokenizer, Tokenizer, template_by_name
+from pivot_megatron.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer  # slow to import, and not needed to check a config
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: expected a tokenizer, found none that loads ({str(error).splitlines()[0]})"
+        ) from None
+    loaded: Tokenizer = tokenizer
+    return loaded
+
+
+def build_loader(
+    config: RunConfig,
+    encoder_folder: Path,
+    llm_folder: Path,
+    image_tokens: int,
+    branches: int,
+    rank: int,
+    size: int,
+    with_images: bool,
+) -> Loader:
+    """The share of data-parallel `rank` of `size`. Raises UserError if the batch does not divide, or files are missing."""
+    batch = config.batch
+    if batch.global_size % (batch.micro_size * size):
+        raise UserError(
+            f"batch.global_size: must be a multiple of micro_size {batch.micro_size} x {size} data-parallel ranks, "
+            f"found {batch.global_size}"
+        )
+    tokenizer = load_tokenizer(llm_folder)
+    transform = ImageTransform.from_processor_folder(encoder_folder)
+    tokenize = SampleTokenizer(
+        tokenizer=tokenizer,
+        template=template_by_name(config.data.template, tokenizer),
+        image_tokens=image_tokens,
+        sequence_length=config.data.sequence_length,
+        branches=branches,
+        too_long=config.data.too_long,
+    )
+    return Loader(
+        samples=PairSet(config.data.shards),
+        tokenize=tokenize,
+        transform=transform,
+        image_backend=config.data.image_backend,
+        global_size=batch.global_size,
+        micro_size=batch.micro_size,
+        seed=config.seed,
+        pack_multiple=config.layout.tensor * 8,
+        rank=rank,
+        size=size,
+        with_images=with_images,
+    )

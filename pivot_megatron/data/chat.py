@@ -1,0 +1,114 @@
+"""Chat templates: a sample to the text of its prefix and branches, with the spans that carry loss marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Conversation, Pair, Sample, Turn
+
+SYSTEM = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Span:
+    text: str
+    loss: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """`prefix` is shared by all branches; a branch is read after it. Texts may hold IMAGE_MARK in the prefix alone."""
+
+    prefix: str
+    branches: tuple[tuple[Span, ...], ...]
+
+
+class ChatTokenizer(Protocol):
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...
+
+
+Template = Callable[[Sequence[Turn]], list[Span]]
+
+
+def qwen_1_5(turns: Sequence[Turn]) -> list[Span]:
+    """ChatML as Qwen1.5 and Qwen2.5 write it; loss on an answer and its end mark."""
+    spans = [Span(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n", False)]
+    for turn in turns:
+        if turn.role == "user":
+            spans.append(Span(f"<|im_start|>user\n{turn.text}<|im_end|>\n<|im_start|>assistant\n", False))
+        else:
+            spans += [Span(f"{turn.text}<|im_end|>", True), Span("\n", False)]
+    return spans
+
+
+def plain(turns: Sequence[Turn]) -> list[Span]:
+    """`<image>{caption}\\n`: what the human turn says beside the image is left out, as in LLaVA's alignment stage."""
+    spans = []
+    for turn in turns:
+        if turn.role == "user":
+            spans.append(Span(IMAGE_MARK if IMAGE_MARK in turn.text else "", False))
+        else:
+            spans.append(Span(f"{turn.text}\n", True))
+    return spans
+
+
+def from_tokenizer(tokenizer: ChatTokenizer) -> Template:
+    """The tokenizer's own Jinja template: what an assistant turn adds to the text so far carries its loss."""
+
+    def render(turns: Sequence[Turn]) -> list[Span]:
+        spans: list[Span] = []
+        done = ""
+        for i, turn in enumerate(turns):
+            messages = [{"role": t.role, "content": t.text} for t in turns[: i + 1]]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turn.role == "user")
+            if not text.startswith(done):
+                raise ValueError(
+                    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart"
+                )
+            added = text.removeprefix(done)
+            if turn.role == "user":
+                spans.append(Span(added, False))
+            else:
+                tail = added[len(added.rstrip("\n")) :]
+                spans += [Span(added.removesuffix(tail), True), Span(tail, False)]
+            done = text
+        return spans
+
+    return render
+
+
+def _with_image_mark(turns: Sequence[Turn], has_image: bool, key: str) -> tuple[Turn, ...]:
+    """A sample with an image and no mark gets one in front of its first turn."""
+    marked = [i for i, turn in enumerate(turns) if IMAGE_MARK in turn.text]
+    if has_image and not marked:
+        return (Turn(turns[0].role, f"{IMAGE_MARK}\n{turns[0].text}"), *turns[1:])
+    if any(marked):
+        raise BadSample(key, "misplaced_image_mark", f"{IMAGE_MARK} must stand before the first answer")
+    return tuple(turns)
+
+
+def render(sample: Sample, template: Template, branches: int) -> Rendered:
+    """`branches` 2: the chosen and the rejected answer of a pair. 1: the chosen one, or a conversation.
+
+    Raises BadSample for a conversation where a pair is needed, or for an image mark past the first answer.
+    """
+    has_image = sample.image is not None
+    if isinstance(sample, Pair):
+        question = _with_image_mark((Turn("user", sample.question),), has_image, sample.key)
+        answers = (sample.chosen, sample.rejected)[:branches]
+        spans = [template((*question, Turn("assistant", answer))) for answer in answers]
+    elif isinstance(sample, Conversation) and branches == 1:
+        spans = [template(_with_image_mark(sample.turns, has_image, sample.key))]
+    else:
+        raise BadSample(sample.key, "not_a_pair", "DPO needs question, chosen and rejected; found a conversation")
+    answer_at = next(i for i, span in enumerate(spans[0]) if span.loss)
+    prefix = "".join(span.text for span in spans[0][:answer_at])
+    return Rendered(prefix, tuple(_trimmed(branch[answer_at:]) for branch in spans))
+
+
+def _trimmed(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Without what follows the last answer: nothing is predicted there."""
+    last = max(i for i, span in enumerate(spans) if span.loss)
+    return tuple(spans[: last + 1])

@@ -1,0 +1,212 @@
+"""From an encoded image to the pixels an encoder sees: one square tile, resized, rescaled and normalised.
+
+The settings come from the encoder's own `preprocessor_config.json`, so that pixels agree with Hugging Face's processor.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from PIL import Image
+
+from pivot_megatron.errors import UserError
+
+Backend = Literal["pil", "torch"]
+
+# The formats data sets hold. Pillow knows many more, some of which start other programs on bytes nobody has vetted.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_PILLOW_MAJOR = int(PIL.__version__.partition(".")[0])
+_MODES: Mapping[int, str] = {2: "bilinear", 3: "bicubic"}
+_STEPS_NOT_DONE = ("do_center_crop", "do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
+
+
+class ImageError(Exception):
+    """Bytes that do not decode to an image. The caller knows the sample's key and adds it. Attribute: `detail`."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Square resize, rescale and normalise, for images of any size and mode.
+
+    `resample` is Pillow's number of the filter (2 bilinear, 3 bicubic). `rescale_factor`, `mean` and `std` are None
+    where the processor leaves that step out.
+    """
+
+    image_size: int
+    resample: int
+    rescale_factor: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    @classmethod
+    def from_processor_folder(cls, folder: str | Path) -> "ImageTransform":
+        """Read `preprocessor_config.json` of a Hugging Face folder.
+
+        Raises UserError for a missing or unreadable file, and for a processor that does anything but these steps.
+        """
+        path = Path(folder) / "preprocessor_config.json"
+        config = _read_config(path)
+        _refuse_other_steps(path, config)
+        normalize = config.get("do_normalize", True)
+        return cls(
+            image_size=_square_size(path, config),
+            resample=_resample(path, config),
+            rescale_factor=_rescale_factor(path, config) if config.get("do_rescale", True) else None,
+            mean=_triple(path, config, "image_mean") if normalize else None,
+            std=_std(path, config) if normalize else None,
+        )
+
+    def __call__(self, encoded: bytes, backend: Backend = "pil") -> torch.Tensor:
+        """Pixels of one image: `[3, image_size, image_size]` float32, channels in the order red, green, blue.
+
+        `pil` is bit for bit what the PIL-based Hugging Face processor gives. `torch` resizes with torch's antialiased
+        kernel: faster on some machines, and at most a level or two out of 255 away. EXIF orientation is not applied,
+        as it is not there. Raises ImageError.
+        """
+        image = decode_rgb(encoded)
+        size = self.image_size
+        if backend == "pil":
+            pixels = np.asarray(image.resize((size, size), resample=Image.Resampling(self.resample)))
+        else:
+            pixels = _torch_resize(np.array(image), size, _MODES[self.resample])
+        levels = self._levels
+        return torch.from_numpy(np.stack([levels[channel][pixels[:, :, channel]] for channel in range(3)]))
+
+    @property
+    def fingerprint(self) -> str:
+        """A stable name of these settings (hex): equal settings, equal string, on every machine."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _levels(self) -> npt.NDArray[np.float32]:
+        """`[3, 256]` float32: what each byte of each channel becomes.
+
+        After the resize every step depends on one byte alone, so a table is exact, and cheaper than the arithmetic on
+        every pixel. The dtypes follow transformers' `rescale` (in float64, then cast) and `normalize` (in float32).
+        """
+        levels = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        values = levels.astype(np.float32)
+        if self.rescale_factor is not None:
+            values = (levels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        if self.mean is not None and self.std is not None:
+            values = (values - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
+        return values
+
+
+def _torch_resize(pixels: npt.NDArray[np.uint8], size: int, mode: str) -> npt.NDArray[np.uint8]:
+    """`[height, width, 3]` → `[size, size, 3]`, the passes in Pillow's order.
+
+    Both libraries clip to bytes between the two passes, so the order shows at sharp edges (by up to 20 levels). torch
+    goes along the rows first. So did Pillow before version 13, which goes along the columns first where the height
+    shrinks by more than twice as many pixels as the width.
+    """
+    height, width, _ = pixels.shape
+    # [1, 3, height, width], left channels-last in memory, which torch's uint8 kernel likes.
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if _PILLOW_MAJOR >= 13 and height - size > 2 * max(width - size, 0):
+        batch = torch.nn.functional.interpolate(batch, (size, width), mode=mode, antialias=True)
+    batch = torch.nn.functional.interpolate(batch, (size, size), mode=mode, antialias=True)
+    resized: npt.NDArray[np.uint8] = batch[0].permute(1, 2, 0).numpy()
+    return resized
+
+
+def decode_rgb(encoded: bytes) -> Image.Image:
+    """Decode to an RGB image, transparency laid on white as transformers does. Raises ImageError."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            # Pillow itself only warns until twice its limit; one such image can stall a whole step on every rank.
+            if limit is not None and image.width * image.height > limit:
+                raise ImageError(f"{image.width}x{image.height} pixels, more than the {limit} that are decoded")
+            image.load()
+            if "A" in image.getbands() or image.info.get("transparency") is not None:
+                rgba = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:
+        # Pillow's decoders answer broken bytes with anything from OSError to SyntaxError and struct.error.
+        raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"expected an image processor at {path}, found none: give the encoder's Hugging Face folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"expected JSON in {path}, found something else ({error}): fetch the file again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"expected an object in {path}, found {type(config).__name__}: fetch the file again")
+    return config
+
+
+def _refuse_other_steps(path: Path, config: Mapping[str, Any]) -> None:
+    for name in _STEPS_NOT_DONE:
+        if config.get(name):
+            raise UserError(
+                f"expected a plain square resize in {path}, found {name}: true: set it to false, or use "
+                f"an encoder without that step"
+            )
+    if not config.get("do_resize", True):
+        raise UserError(f"expected a square resize in {path}, found do_resize: false: set it to true")
+
+
+def _square_size(path: Path, config: Mapping[str, Any]) -> int:
+    size = config.get("size")
+    # Old ViT processors wrote a bare number for a square; in CLIP's and SigLIP's it means the shortest edge.
+    if isinstance(size, int) and str(_processor_type(config)).startswith("ViT"):
+        size = {"height": size, "width": size}
+    if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
+        edge = size["height"]
+        if isinstance(edge, int) and edge > 0:
+            return edge
+    raise UserError(
+        f'expected "size": {{"height": S, "width": S}} in {path}, found {size!r}: only a square resize is supported'
+    )
+
+
+def _processor_type(config: Mapping[str, Any]) -> Any:
+    return config.get("image_processor_type", config.get("feature_extractor_type"))
+
+
+def _resample(path: Path, config: Mapping[str, Any]) -> int:
+    resample = config.get("resample")
+    if not isinstance(resample, int) or resample not in _MODES:
+        raise UserError(f"expected resample 2 (bilinear) or 3 (bicubic) in {path}, found {resample!r}")
+    return resample
+
+
+def _rescale_factor(path: Path, config: Mapping[str, Any]) -> float:
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or isinstance(factor, bool):
+        raise UserError(f"expected a number in rescale_factor of {path}, found {factor!r}")
+    return float(factor)
+
+
+def _triple(path: Path, config: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    values = config.get(name)
+    if isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) for value in values):
+        return (float(values[0]), float(values[1]), float(values[2]))
+    raise UserError(f"expected three numbers in {name} of {path}, found {values!r}")
+
+
+def _std(path: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:
+    std = _triple(path, config, "image_std")
+    if min(std) <= 0:
+        raise UserError(f"expected numbers above zero in image_std of {path}, found {list(std)}")
+    return std

@@ -1,0 +1,109 @@
+"""Samples to token ids: one prefix, its branches, and where the image goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pivot_megatron.data.chat import Rendered, Template, from_tokenizer, plain, qwen_1_5, render
+from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Sample
+from pivot_megatron.errors import UserError
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+class DoesNotFit(BadSample):
+    """A sound sample that this run's sequence length has no room for: dropped and counted, where others stop the run."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`loss[i]`: whether `ids[i]` is predicted in the loss."""
+
+    ids: tuple[int, ...]
+    loss: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """`image_at`: where in `prefix` the image's `image_tokens` places begin; None for text only."""
+
+    key: str
+    prefix: tuple[int, ...]
+    branches: tuple[Branch, ...]
+    image_at: int | None
+    image_tokens: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+
+
+def template_by_name(name: Literal["qwen_1_5", "plain", "tokenizer"], tokenizer: Tokenizer) -> Template:
+    return {"qwen_1_5": qwen_1_5, "plain": plain}.get(name) or from_tokenizer(tokenizer)
+
+
+@dataclass(frozen=True)
+class SampleTokenizer:
+    """Tokenizes prefix and answers apart, as LLaVA and TRL do, so that no merge crosses from one into the other.
+
+    `sequence_length` bounds prefix + branch, image tokens counted. `branches`: 2 for pairs, 1 for one answer.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    image_tokens: int
+    sequence_length: int
+    branches: int
+    too_long: Literal["drop", "truncate"]
+
+    def __post_init__(self) -> None:
+        if self.image_tokens >= self.sequence_length:
+            raise UserError(
+                f"data.sequence_length: an image alone takes {self.image_tokens} tokens, so no answer fits into "
+                f"{self.sequence_length}; raise it (cutting image tokens is never right)"
+            )
+
+    def __call__(self, sample: Sample) -> Tokenized:
+        """Raises DoesNotFit for a sample that is too long, BadSample for one that is wrong."""
+        rendered = render(sample, self.template, self.branches)
+        prefix, image_at = self._prefix(rendered)
+        if not prefix:
+            raise BadSample(
+                sample.key, "empty_prompt", "nothing stands before the answer to predict its first token from"
+            )
+        branches = tuple(self._branch(sample.key, rendered, i, len(prefix)) for i in range(len(rendered.branches)))
+        return Tokenized(sample.key, prefix, branches, image_at, self.image_tokens if image_at is not None else 0)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _prefix(self, rendered: Rendered) -> tuple[tuple[int, ...], int | None]:
+        before, mark, after = rendered.prefix.partition(IMAGE_MARK)
+        head = self._encode(before)
+        if not mark:
+            return tuple(head), None
+        return (*head, *[0] * self.image_tokens, *self._encode(after)), len(head)
+
+    def _branch(self, key: str, rendered: Rendered, index: int, prefix_length: int) -> Branch:
+        ids: list[int] = []
+        loss: list[bool] = []
+        for span in rendered.branches[index]:
+            tokens = self._encode(span.text)
+            ids += tokens
+            loss += [span.loss] * len(tokens)
+        room = self.sequence_length - prefix_length
+        if room < 1:
+            raise DoesNotFit(key, "prompt_too_long", f"prompt takes {prefix_length} tokens of {self.sequence_length}")
+        if len(ids) > room and self.too_long == "drop":
+            name = ("chosen", "rejected")[index] if self.branches == 2 else "answer"
+            raise DoesNotFit(
+                key, f"{name}_too_long", f"prompt and {name} take {prefix_length + len(ids)} of {self.sequence_length}"
+            )
+        if not any(loss[:room]):
+            raise DoesNotFit(key, "no_answer_tokens", "no token of an answer is left to learn from")
+        return Branch(tuple(ids[:room]), tuple(loss[:room]))

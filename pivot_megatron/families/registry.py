@@ -1,0 +1,34 @@
+"""Which family reads which Hugging Face `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from pivot_megatron.errors import UserError
+from pivot_megatron.families import qwen2, siglip
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+
+ENCODERS: Mapping[str, ModuleType] = {"siglip": siglip}
+HEADS: Mapping[str, ModuleType] = {"qwen2": qwen2}
+
+
+def _family(families: Mapping[str, ModuleType], config: Mapping[str, Any], kind: str, where: str) -> ModuleType:
+    model_type = config.get("model_type")
+    for family in families.values():
+        if model_type in family.MODEL_TYPES:
+            return family
+    known = ", ".join(t for family in families.values() for t in family.MODEL_TYPES)
+    raise UserError(f"{where}: model_type: expected a {kind} ({known}), found {model_type}")
+
+
+def encoder_architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
+    """`where` names the file in errors."""
+    arch: EncoderArchitecture = _family(ENCODERS, config, "vision encoder", where).architecture(config, where)
+    return arch
+
+
+def head_architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture:
+    arch: HeadArchitecture = _family(HEADS, config, "language model", where).architecture(config, where)
+    return arch

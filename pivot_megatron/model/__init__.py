@@ -1,0 +1,3 @@
+"""Imports of `megatron.core` need the platform prepared first."""
+
+import pivot_megatron.runtime  # noqa: F401

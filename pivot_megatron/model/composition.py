@@ -1,0 +1,106 @@
+"""Encoder, projector and language model as one megatron-core module, cut into pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from pivot_megatron.config.schema import Layout, Precision, Recompute
+from pivot_megatron.data.batch import PackedBatch
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+from pivot_megatron.model.encoder import VisionEncoder
+from pivot_megatron.model.llm import LanguageModel
+from pivot_megatron.model.specs import encoder_config, head_config, mlp_submodules, projector_config
+from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.distributed import is_first_stage, is_last_stage
+from pivot_megatron.runtime.layers import layer_modules
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`feature_layer` indexes hidden_states from the end: -1 is the last layer's output."""
+
+    encoder: EncoderArchitecture
+    head: HeadArchitecture
+    feature_layer: int
+
+    @property
+    def encoder_layers(self) -> int:
+        """Encoder layers that are built: those up to the feature layer."""
+        return self.encoder.layers + 1 + self.feature_layer
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline stage: encoder and projector stand on the first, log-probs come out of the last.
+
+    Parameters are named `encoder.*`, `projector.*`, `llm.*`.
+    """
+
+    def __init__(self, arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> None:
+        config = head_config(arch.head, layout, precision, recompute.llm)
+        super().__init__(config=config)
+        self.arch = arch
+        self.pre_process, self.post_process = is_first_stage(), is_last_stage()
+        # What megatron-core's schedules and gradient finalisation ask of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = arch.head.tied_embeddings
+        self.vp_stage = None
+        if self.pre_process:
+            vision = encoder_config(arch.encoder, arch.encoder_layers, layout, precision, recompute.encoder)
+            self.encoder = VisionEncoder(vision, arch.encoder)
+            self.projector = MultimodalProjector(
+                projector_config(arch.encoder, arch.head, layout, precision),
+                mlp_submodules(layer_modules(), norm_before=False),
+                "mlp",
+                arch.encoder.hidden,
+            )
+        self.llm = LanguageModel(config, arch.head, self.pre_process, self.post_process)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        weight: Tensor | None = self.llm.shared_embedding_or_output_weight()
+        return weight
+
+    def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
+        self.llm.set_input_tensor(input_tensor)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states for the next stage `[T(/tp), 1, H]`, or log-probs of answer tokens `[N]` on the last."""
+        out: Tensor = self.llm(self.merged_embeddings(batch) if self.pre_process else None, batch)
+        return out
+
+    def merged_embeddings(self, batch: PackedBatch) -> Tensor:
+        """Word embeddings with projected image features in their places, `[T(/tp), 1, H]`."""
+        merged = self.llm.embed(batch.tokens)
+        features = self.image_features(batch.pixels).to(merged.dtype)
+        if batch.image_positions.numel():
+            merged = merged.index_copy(0, batch.image_positions, features)
+        else:
+            # Every rank runs the encoder and its collectives, and its gradients are zeros, not missing.
+            merged = merged + 0.0 * features.sum()
+        if self.config.sequence_parallel:
+            merged = scatter_to_sequence_parallel_region(merged)
+        return merged
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """`[I, 3, H, W]` to `[I * tokens, 1, H]`, whole on every rank; one blank image's where there is none."""
+        if pixels.shape[0] == 0:
+            size = self.arch.encoder.image_size
+            pixels = torch.zeros(1, 3, size, size, device=pixels.device)
+        features = self.projector(self.encoder(pixels))
+        if self.config.sequence_parallel:
+            features = gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False)
+        whole: Tensor = features[: pixels.shape[0] * self.arch.encoder.tokens]
+        return whole
+
+
+def build_model(arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> VisionLanguageModel:
+    """This rank's stage on its device, weights not yet set."""
+    model: VisionLanguageModel = VisionLanguageModel(arch, layout, precision, recompute).to(current_platform().device)
+    return model

@@ -1,0 +1,32 @@
+"""Ordered patterns over parameter names: frozen, or a factor on the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pivot_megatron.config.schema import ParameterRule
+from pivot_megatron.errors import UserError
+
+Rate = float | Literal["frozen"]
+
+
+def rate_of(name: str, rules: Sequence[ParameterRule]) -> Rate:
+    """The first rule that matches `name`; 1.0 where none does."""
+    for rule in rules:
+        if fnmatchcase(name, rule.match):
+            return rule.rate
+    return 1.0
+
+
+def require_matches(names: Sequence[str], rules: Sequence[ParameterRule]) -> None:
+    """A pattern that no parameter answers to is a typing error, and would train what was meant to stay frozen."""
+    for i, rule in enumerate(rules):
+        if not any(fnmatchcase(name, rule.match) for name in names):
+            raise UserError(
+                f"parameters.{i}.match: no parameter is named like {rule.match!r}; names begin with encoder., "
+                "projector. and llm., such as encoder.decoder.layers.0.mlp.linear_fc1.weight"
+            )
+    if names and all(rate_of(name, rules) == "frozen" for name in names):
+        raise UserError("parameters: every parameter is frozen, so there is nothing to train")

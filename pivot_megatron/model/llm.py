@@ -1,0 +1,80 @@
+"""The language-model head: megatron-core's GPT model, run over packs, ending in log-probs of answer tokens."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from pivot_megatron.data.batch import PackedBatch
+from pivot_megatron.families.architecture import HeadArchitecture
+from pivot_megatron.model.attention import AnswerSegments, one_sequence
+from pivot_megatron.model.logprobs import target_logprobs
+from pivot_megatron.model.specs import causal_block
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose forward takes merged embeddings and a pack, and never builds logits outside answers."""
+
+    def __init__(
+        self, config: TransformerConfig, arch: HeadArchitecture, pre_process: bool, post_process: bool
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=causal_block(get_num_layers_to_build(config)),
+            vocab_size=arch.padded_vocabulary,
+            max_sequence_length=arch.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(arch.rope_theta),
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.arch = arch
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[T]` token ids to `[T, 1, hidden]`, whole on every tensor-parallel rank."""
+        out: Tensor = self.embedding(input_ids=tokens[None], position_ids=None)
+        return out
+
+    def forward(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+        """Hidden states for the next stage, or on the last one log-probs `[N]` of `batch.targets`, float32.
+
+        `embeddings`: `[T(/tp), 1, hidden]` on the first stage, None elsewhere.
+        """
+        hidden = self.hidden_states(embeddings, batch)
+        if not self.post_process:
+            return hidden
+        return target_logprobs(
+            hidden, self.output_weight(), batch.predictors, batch.targets, self.arch.vocabulary, self.config
+        )
+
+    def hidden_states(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:
+        tokens = batch.positions.numel()
+        segments = AnswerSegments(
+            rows=batch.rows,
+            visible=batch.visible,
+            places=batch.places,
+            **one_sequence(tokens, batch.positions.device),
+        )
+        # A pack's rotary table is the plain one, read at each token's own position: branches restart after their prefix.
+        table = self.rotary_pos_emb(int(batch.positions.max()) + 1, packed_seq=True)
+        out: Tensor = self.decoder(
+            hidden_states=embeddings,
+            attention_mask=None,
+            rotary_pos_emb=table[batch.positions],
+            packed_seq_params=segments,
+        )
+        return out
+
+    def output_weight(self) -> torch.nn.Parameter:
+        """`[padded vocabulary / tp, hidden]`."""
+        weight: torch.nn.Parameter = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight

@@ -1,0 +1,169 @@
+"""Layer specs and megatron-core configurations of the encoder, the projector and the head."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
+from pivot_megatron.model.attention import SegmentAttention
+from pivot_megatron.model.compat import mlp_spec
+from pivot_megatron.runtime.device import require_fp8
+from pivot_megatron.runtime.layers import LayerModules, layer_modules
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "silu": silu}
+_FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise"}
+
+
+def mlp_submodules(modules: LayerModules, norm_before: bool) -> MLPSubmodules:
+    first = modules.first_linear if norm_before else modules.column_linear
+    return MLPSubmodules(linear_fc1=first, linear_fc2=modules.row_linear)
+
+
+def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    """A pre-norm transformer layer with SegmentAttention. `mask` is stated, as megatron-core's default differs by model."""
+    modules = layer_modules()
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=modules.first_linear, core_attention=SegmentAttention, linear_proj=modules.row_linear
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=modules.separate_norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=modules.separate_norm,
+            mlp=mlp_spec(mlp_submodules(modules, norm_before=True)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={} if modules.norm_linear else dict(CHECKPOINT_NORM_KEYS),
+        ),
+    )
+
+
+def block_spec(mask: AttnMaskType, layers: int) -> TransformerBlockSubmodules:
+    """`layers` on this pipeline stage, and the class of a final norm."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(mask)] * layers, layer_norm=layer_modules().norm)
+
+
+def _common(layout: Layout, precision: Precision) -> dict[str, Any]:
+    dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
+    if precision.fp8:
+        require_fp8()
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision.compute == "bf16",
+        "fp8": "hybrid" if precision.fp8 else None,
+        **({"fp8_recipe": _FP8_RECIPES[precision.fp8]} if precision.fp8 else {}),
+        "calculate_per_token_loss": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,  # every weight is set by convert.load, from files or a generator of its own
+        "use_cpu_initialization": False,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    modes: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return modes[mode]
+
+
+def encoder_config(
+    arch: EncoderArchitecture, layers: int, layout: Layout, precision: Precision, recompute: str = "none"
+) -> TransformerConfig:
+    """`layers` are built, all on the first pipeline stage."""
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        normalization="LayerNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        activation_func=ACTIVATIONS[arch.activation],
+        **_recompute(recompute),
+        **_common(layout, precision),
+    )
+
+
+def projector_config(
+    encoder: EncoderArchitecture, head: HeadArchitecture, layout: Layout, precision: Precision
+) -> TransformerConfig:
+    """Two linears, encoder width to head width to head width, with the exact (erf) GELU between. Never in FP8: it is tiny."""
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=head.hidden,
+        num_attention_heads=layout.tensor,  # a projector has none; the config wants a multiple of the size
+        ffn_hidden_size=head.hidden,
+        add_bias_linear=True,
+        activation_func=gelu,
+        **{**_common(layout, precision), "fp8": None},
+    )
+
+
+def head_config(
+    arch: HeadArchitecture, layout: Layout, precision: Precision, recompute: str = "none"
+) -> TransformerConfig:
+    """The config that megatron-core's schedules also read."""
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.groups,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        pipeline_model_parallel_size=layout.pipeline,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # dense models refuse variable lengths with the default dispatcher
+        **_recompute(recompute),
+        **_common(layout, precision),
+    )
+
+
+causal_block = functools.partial(block_spec, AttnMaskType.causal)
+full_block = functools.partial(block_spec, AttnMaskType.no_mask)

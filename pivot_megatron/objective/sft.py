@@ -1,0 +1,18 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pivot_megatron.objective.types import AnswerLogprobs, LossSum
+
+
+class SftObjective:
+    """Negative log-likelihood of answer tokens, counted in tokens."""
+
+    needs_reference: ClassVar[bool] = False
+    branches: ClassVar[int] = 1
+    metric_names: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, answers: AnswerLogprobs) -> LossSum:
+        return LossSum(-answers.policy.sum(), answers.policy.numel(), {})

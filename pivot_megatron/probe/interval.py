@@ -1,0 +1,50 @@
+"""95 % intervals for proportions, and for the difference of two."""
+
+import math
+from dataclasses import dataclass
+
+Z95 = 1.959963984540054
+"""The 97.5 % quantile of the standard normal distribution."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, `low <= high`."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def wilson(correct: int, total: int) -> Interval:
+    """The Wilson score interval of `correct` successes in `total` trials, within [0, 1]; [0, 1] for no trials.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"expected 0 <= correct <= total, found correct={correct}, total={total}")
+    if total == 0:
+        return Interval(0.0, 1.0)
+    rate = correct / total
+    shrink = 1 + Z95**2 / total
+    centre = (rate + Z95**2 / (2 * total)) / shrink
+    half = Z95 / shrink * math.sqrt(rate * (1 - rate) / total + Z95**2 / (4 * total**2))
+    # At 0 and at `total` one end is the rate itself; rounding would leave it a hair off.
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == total else centre + half
+    return Interval(low, high)
+
+
+def difference(first: float, first_interval: Interval, second: float, second_interval: Interval) -> Interval:
+    """The interval of `second - first` for two proportions with their own score intervals.
+
+    Both measured on the same samples makes it wider than need be, so a difference it excludes from zero is a safe one.
+    Source: Newcombe, "Interval estimation for the difference between independent proportions", Stat. Med. 17 (1998),
+    method 10.
+    """
+    change = second - first
+    down = math.hypot(second - second_interval.low, first_interval.high - first)
+    up = math.hypot(second_interval.high - second, first - first_interval.low)
+    return Interval(change - down, change + up)

@@ -1,0 +1,66 @@
+"""Which device, backend and layer classes this machine offers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pivot_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """`backend` is torch.distributed's name; `transformer_engine` says that TE layers can be built here."""
+
+    device: torch.device
+    backend: str
+    transformer_engine: bool
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@cache
+def current_platform() -> Platform:
+    if not torch.cuda.is_available():
+        return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    return Platform(torch.device("cuda", index), "nccl", importlib.util.find_spec("transformer_engine") is not None)
+
+
+def device_count() -> int:
+    """GPUs of this machine, 0 on a CPU machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def require_fp8() -> None:
+    """FP8 GEMMs exist in Transformer Engine's layers alone; without it megatron-core would ignore the setting in silence."""
+    if not current_platform().transformer_engine:
+        raise UserError(
+            "precision.fp8: needs a CUDA device and transformer-engine, found neither in use on "
+            f"{current_platform().device}; install the `te` extra on a Hopper machine or set precision.fp8: null"
+        )
+
+
+def use_threads_fairly() -> None:
+    """Give each process of this node its share of the cores: torch's default is all of them for each."""
+    if not current_platform().is_cuda:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this process so far: GPU allocations on CUDA, resident set on CPU."""
+    if current_platform().is_cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

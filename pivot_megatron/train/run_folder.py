@@ -1,0 +1,104 @@
+"""A run's folder: resolved config, environment, and a line of metrics a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.config.load import dump_config
+from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.data.loader import Dropped
+from pivot_megatron.errors import UserError
+
+PACKAGES = ("pivot-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "numpy", "safetensors")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str, world_size: int) -> dict[str, Any]:
+    """Versions, git state and hardware, for the record."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "git": commit.stdout.strip() or None,
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "processes": world_size,
+    }
+
+
+class RunFolder:
+    """Written by the main process alone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.out
+        self.checkpoints = self.path / "checkpoints"
+        self._metrics = self.path / "metrics.jsonl"
+        self._dropped = self.path / "dropped.jsonl"
+
+    def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: cannot write to {self.path} ({error.strerror}); choose another folder") from None
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after `step`, which a run that resumes from there will write again."""
+        for path in (self._metrics, self._dropped):
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_atomically(path, "".join(line + "\n" for line in lines))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self._append(self._metrics, [line])
+
+    def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
+        self._append(
+            self._dropped, [{"step": step, "key": d.key, "reason": d.reason, "detail": d.detail} for d in dropped]
+        )
+
+    def _append(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _step_of(line: str) -> float:
+    """The step a line belongs to; a line that a crash cut short belongs past every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,190 @@
+"""One run, from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.convert.load import check_layout_fits
+from pivot_megatron.convert.start import describe_start, start_weights
+from pivot_megatron.data.build import build_loader
+from pivot_megatron.data.loader import Dropped, Loader, StepData
+from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
+from pivot_megatron.objective.build import build_objective
+from pivot_megatron.objective.types import Objective
+from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.distributed import (
+    data_parallel,
+    gather_objects,
+    is_first_stage,
+    is_main_process,
+    process_groups,
+    tensor_parallel_coordinates,
+)
+from pivot_megatron.train.checkpoint import Checkpointer, Progress
+from pivot_megatron.train.optimizer import Optimization, apply_rules, build_optimization, wrap
+from pivot_megatron.train.run_folder import RunFolder, environment
+from pivot_megatron.train.step import StepResult, train_step
+
+Report = Callable[[int, int, StepResult], None]
+"""Called on the main process after each step with (steps done, steps in all, result)."""
+
+
+@dataclass
+class Session:
+    """What a run holds between steps on this rank."""
+
+    config: RunConfig
+    folder: RunFolder
+    loader: Loader
+    steps: int
+    objective: Objective
+    wrapped: Any
+    optimization: Optimization
+    reference: VisionLanguageModel | None
+    checkpointer: Checkpointer
+    done: int
+
+
+def train(config: RunConfig, report: Report = lambda *_: None) -> int:
+    """Run `config` to its end, resuming from its folder's newest checkpoint. Returns the steps this call made."""
+    with process_groups(config.layout, config.seed):
+        session = _prepare(config)
+        made = 0
+        for data, waited in _timed(session.loader.steps(session.done, session.steps)):
+            started = time.perf_counter()
+            result = train_step(
+                session.wrapped, session.optimization, session.objective, data.micro_batches, session.reference
+            )
+            session.done += 1
+            made += 1
+            _record(session, data, result, step_seconds=time.perf_counter() - started + waited, data_seconds=waited)
+            _require_finite(session, result)
+            if session.done % config.checkpoints.every == 0 or session.done == session.steps:
+                _save(session)
+            if is_main_process():
+                report(session.done, session.steps, result)
+        return made
+
+
+def total_steps(config: RunConfig, samples: int) -> int:
+    if config.batch.steps is not None:
+        return config.batch.steps
+    steps = int(samples * (config.batch.epochs or 0) // config.batch.global_size)
+    if steps < 1:
+        raise UserError(
+            f"batch.epochs: {config.batch.epochs} epochs of {samples} samples do not fill one batch of "
+            f"{config.batch.global_size}; lower global_size or raise epochs"
+        )
+    return steps
+
+
+def _prepare(config: RunConfig) -> Session:
+    description = describe_start(config.model)
+    arch = description.architecture()
+    check_layout_fits(arch, config.layout.tensor, config.layout.pipeline)
+    objective = build_objective(config.objective)
+    rank, size = data_parallel()
+    loader = build_loader(
+        config,
+        description.encoder,
+        description.llm,
+        arch.encoder.tokens,
+        objective.branches,
+        rank,
+        size,
+        with_images=is_first_stage(),
+    )
+    steps = total_steps(config, len(loader.samples))
+    folder = RunFolder(config)
+    if is_main_process():
+        folder.create(config, environment(str(current_platform().device), dist.get_world_size()))
+    dist.barrier()
+    checkpointer = Checkpointer(folder.checkpoints, config.checkpoints.keep, config.layout, description)
+    newest = checkpointer.newest()
+    model = build_model(arch, config.layout, config.precision, config.recompute)
+    if newest is None:
+        start_weights(model, config.model, config.seed)
+    reference = _frozen_reference(config, arch) if objective.needs_reference else None
+    apply_rules(model, config.parameters)
+    model.train()
+    wrapped = wrap(model, config.layout)
+    optimization = build_optimization(wrapped, config, steps)
+    session = Session(config, folder, loader, steps, objective, wrapped, optimization, reference, checkpointer, done=0)
+    if newest is not None:
+        progress = checkpointer.load(newest, wrapped, optimization, loader.samples.fingerprint, config.seed)
+        session.done = progress.step
+    if is_main_process():
+        folder.rewind(session.done)
+    return session
+
+
+def _frozen_reference(config: RunConfig, arch: Architecture) -> VisionLanguageModel:
+    """The model as the run started from it, forward only."""
+    reference = build_model(arch, config.layout, config.precision, config.recompute)
+    start_weights(reference, config.model, config.seed)
+    reference.eval().requires_grad_(False)
+    return reference
+
+
+def _timed(steps: Any) -> Any:
+    """Each item with the seconds waited for it."""
+    iterator = iter(steps)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - started
+
+
+def _record(session: Session, data: StepData, result: StepResult, step_seconds: float, data_seconds: float) -> None:
+    tokens = sum(batch.length for batch in data.micro_batches)
+    first_stage_share = [(data.samples, tokens, data.dropped)] if _speaks_for_replica() else []
+    shares = [share for found in gather_objects(first_stage_share) for share in found]
+    dropped: list[Dropped] = [d for share in shares for d in share[2]]
+    if not is_main_process():
+        return
+    session.folder.log(
+        {
+            "step": session.done,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "pairs": sum(share[0] for share in shares),
+            "tokens": sum(share[1] for share in shares),
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "dropped": len(dropped),
+            "keys": data.keys_digest,
+            **result.metrics,
+        }
+    )
+    if dropped:
+        session.folder.log_dropped(session.done, dropped)
+
+
+def _speaks_for_replica() -> bool:
+    """One rank of each data-parallel replica: the first stage's first tensor-parallel rank."""
+    return is_first_stage() and tensor_parallel_coordinates()[0] == 0
+
+
+def _require_finite(session: Session, result: StepResult) -> None:
+    if not (result.applied and torch.tensor([result.loss, result.grad_norm]).isfinite().all()):
+        raise RunError(
+            f"step {session.done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the run stops "
+            f"before saving it; the newest whole checkpoint is in {session.folder.checkpoints}"
+        )
+
+
+def _save(session: Session) -> None:
+    progress = Progress(session.done, session.config.seed, session.loader.samples.fingerprint)
+    session.checkpointer.save(session.wrapped, session.optimization, progress)

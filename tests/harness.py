@@ -1,0 +1,74 @@
+"""Processes on gloo for tests: started once, given one job after another, each job with process groups of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pivot_megatron.config.schema import Layout
+
+Job = Callable[..., Any]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    while (message := pipe.recv()) is not None:
+        world, port, job, layout, args = message
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            from pivot_megatron.runtime.distributed import process_groups
+
+            with process_groups(layout, seed=1):
+                pipe.send((True, job(layout, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Workers:
+    """Up to four processes. `run` calls `job(layout, *args)` on each of `world` and returns their results by rank."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _start(self, rank: int) -> tuple[Any, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(rank, theirs))
+        process.start()
+        return process, ours
+
+    def run(self, job: Job, layout: Layout, world: int, *args: Any, timeout: float = 300) -> list[Any]:
+        while len(self._workers) < world:
+            self._workers.append(self._start(len(self._workers)))
+        port = _free_port()
+        pipes = [pipe for _, pipe in self._workers[:world]]
+        for pipe in pipes:
+            pipe.send((world, port, job, layout, args))
+        results = []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {job.__name__} at {layout} did not answer in {timeout} s")
+            done, value = pipe.recv()
+            if not done:
+                self.close()  # the other ranks wait in a collective that this one left
+                raise AssertionError(f"rank {rank} of {job.__name__} at {layout}:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.terminate()
+            process.join()
+        self._workers.clear()

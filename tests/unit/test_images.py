@@ -1,0 +1,187 @@
+"""Pixels against the Hugging Face processor itself."""
+
+import io
+import json
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from pivot_megatron.data.images import ImageError, ImageTransform
+from pivot_megatron.errors import UserError
+
+SIGLIP = {
+    "do_resize": True,
+    "size": {"height": 48, "width": 48},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+    "image_processor_type": "SiglipImageProcessor",
+}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def folder(path: Path, **change: Any) -> Path:
+    (path / "preprocessor_config.json").write_text(json.dumps({**SIGLIP, **change}))
+    return path
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Smooth noise and a hard edge: what photographs and rendered text do to a resampler."""
+    rng = np.random.default_rng(height * 1000 + width)
+    pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    pixels[: height // 2, : width // 2] = 255
+    pixels[height // 2 :, width // 2 :] //= 8
+    return pixels
+
+
+def encoded(image: Image.Image, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def images() -> dict[str, bytes]:
+    rgb = Image.fromarray(noise(37, 91))
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(turned, "JPEG", exif=exif)
+    return {
+        "jpeg": encoded(rgb, "JPEG"),
+        "webp": encoded(rgb, "WEBP"),
+        "large": encoded(Image.fromarray(noise(300, 211))),
+        "same size": encoded(Image.fromarray(noise(48, 48))),
+        "tall": encoded(Image.fromarray(noise(150, 70))),
+        "wide": encoded(Image.fromarray(noise(70, 150))),
+        "just tall": encoded(Image.fromarray(noise(73, 60))),
+        "not quite": encoded(Image.fromarray(noise(72, 60))),
+        "tall and narrow": encoded(Image.fromarray(noise(49, 20))),
+        "small": encoded(Image.fromarray(noise(40, 20))),
+        "one pixel": encoded(Image.fromarray(noise(1, 1))),
+        "rgba": encoded(Image.fromarray(noise(60, 50, 4))),
+        "gray": encoded(rgb.convert("L")),
+        "gray alpha": encoded(rgb.convert("LA")),
+        "palette": encoded(rgb.convert("P")),
+        "one bit": encoded(rgb.convert("1")),
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
+        "exif": turned.getvalue(),
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"resample": 2},
+        IMAGENET,
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+    ],
+)
+def test_pil_is_bit_equal_to_transformers(tmp_path: Path, change: dict[str, Any]) -> None:
+    transform = ImageTransform.from_processor_folder(folder(tmp_path, **change))
+    processor = SiglipImageProcessorPil.from_pretrained(tmp_path)
+    for name, data in images().items():
+        expected = processor(images=Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
+        pixels = transform(data, "pil")
+        assert (pixels.shape, pixels.dtype) == ((3, 48, 48), torch.float32)
+        assert torch.equal(pixels, expected.to(torch.float32)), name
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_torch_is_within_two_levels_of_pil(tmp_path: Path, resample: int) -> None:
+    transform = ImageTransform.from_processor_folder(folder(tmp_path, resample=resample, do_normalize=False))
+    for name, data in images().items():
+        torch_pixels = transform(data, "torch")
+        assert (torch_pixels.shape, torch_pixels.dtype) == ((3, 48, 48), torch.float32)
+        difference = (torch_pixels - transform(data, "pil")).abs().max().item()
+        assert difference <= 2 / 255 + 1e-6, (name, difference * 255)
+
+
+def test_broken_bytes() -> None:
+    transform = ImageTransform(48, 3, 1 / 255, None, None)
+    good = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    not_listed = encoded(Image.fromarray(noise(64, 64)), "PPM")
+    for bad in (b"", b"not an image", good[: len(good) // 2], not_listed):
+        with pytest.raises(ImageError) as caught:
+            transform(bad)
+        assert pickle.loads(pickle.dumps(caught.value)).detail == caught.value.detail != ""
+
+
+@pytest.mark.parametrize("edge", [10_000, 60_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bomb_is_refused_before_decoding(edge: int) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="pixels"):
+        ImageTransform(48, 3, 1 / 255, None, None)(bomb)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_resize": False}, "do_resize"),
+        ({"size": {"height": 48, "width": 64}}, "only a square"),
+        ({"size": {"shortest_edge": 48}}, "only a square"),
+        ({"size": 48}, "only a square"),
+        ({"resample": 1}, "resample"),
+        ({"resample": None}, "resample"),
+        ({"image_mean": None}, "image_mean"),
+        ({"image_std": [0.5]}, "image_std"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std"),
+        ({"rescale_factor": "x"}, "rescale_factor"),
+    ],
+)
+def test_processors_that_do_something_else(tmp_path: Path, change: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        ImageTransform.from_processor_folder(folder(tmp_path, **change))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_old_vit_size_is_a_square(tmp_path: Path) -> None:
+    path = folder(tmp_path, size=32, image_processor_type="ViTImageProcessor")
+    assert ImageTransform.from_processor_folder(path).image_size == 32
+
+
+def test_missing_and_unreadable_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found none"):
+        ImageTransform.from_processor_folder(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        with pytest.raises(UserError, match="fetch the file again"):
+            ImageTransform.from_processor_folder(tmp_path)
+
+
+def test_fingerprint_names_the_settings(tmp_path: Path) -> None:
+    base = ImageTransform.from_processor_folder(folder(tmp_path))
+    again = ImageTransform.from_processor_folder(folder(tmp_path, processor_class="AnyProcessor"))
+    again(encoded(Image.fromarray(noise(9, 9))))
+    assert base.fingerprint == again.fingerprint
+    other: list[dict[str, Any]] = [
+        {"resample": 2},
+        {"size": {"height": 64, "width": 64}},
+        IMAGENET,
+        {"do_rescale": False},
+    ]
+    names = {ImageTransform.from_processor_folder(folder(tmp_path, **change)).fingerprint for change in other}
+    assert len(names | {base.fingerprint}) == 5

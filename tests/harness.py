@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pivot_megatron.runtime  # noqa: F401  (prepares megatron-core before any job imports it)
 from pivot_megatron.config.schema import Layout
 
 Job = Callable[..., Any]
@@ -29,14 +30,18 @@ def _serve(rank: int, pipe: Connection) -> None:
         try:
             from pivot_megatron.runtime.distributed import process_groups
 
-            with process_groups(layout, seed=1):
-                pipe.send((True, job(layout, *args)))
+            if layout is None:
+                pipe.send((True, job(*args)))
+            else:
+                with process_groups(layout, seed=1):
+                    pipe.send((True, job(layout, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 
 
 class Workers:
-    """Up to four processes. `run` calls `job(layout, *args)` on each of `world` and returns their results by rank."""
+    """Up to four processes. `run` calls `job(layout, *args)` on each of `world` and returns their results by rank; without a
+    layout, `job(*args)`, which makes its process groups itself."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -48,7 +53,7 @@ class Workers:
         process.start()
         return process, ours
 
-    def run(self, job: Job, layout: Layout, world: int, *args: Any, timeout: float = 300) -> list[Any]:
+    def run(self, job: Job, layout: Layout | None, world: int, *args: Any, timeout: float = 300) -> list[Any]:
         while len(self._workers) < world:
             self._workers.append(self._start(len(self._workers)))
         port = _free_port()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pivot_megatron.config.check import problems
+from pivot_megatron.config.explain import explain
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.errors import UserError
 
@@ -25,58 +25,6 @@ class ConfigErrors(UserError):
         super().__init__("\n".join(self.errors))
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both_maps = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_maps else value
-    return merged
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """The YAML mapping at `path` laid over the files its `base:` names (one or a list, relative to it; later ones win)."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a run's YAML") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    bases = tree.pop("base", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, read_tree(path.parent / base))
-    return _merge(merged, tree)
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(
-            f"override {text!r}: expected key=value with a dotted key, such as optimizer.learning_rate=1e-6"
-        )
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    node[leaf] = yaml.safe_load(value)
-
-
-def _plain(error: Mapping[str, Any]) -> str:
-    # A discriminated union puts the variant's name into the path; the user wrote no such key.
-    path = ".".join(str(part) for part in error["loc"] if part not in ("sft", "dpo"))
-    if error["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown key; see docs/configuration.md for the keys there are"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{path}: missing; it has no default"
-    found = str(error["input"])
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{path}: {message}, found {found if len(found) < 60 else found[:57] + '...'}"
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Raises ConfigErrors with every schema error, or else every cross-field error, of the file and its overrides."""
     tree = read_tree(path)
@@ -85,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise ConfigErrors(path, [_plain(e) for e in error.errors()]) from None
+        raise ConfigErrors(path, explain(error, tree)) from None
     if found := problems(config):
         raise ConfigErrors(path, found)
     return config
@@ -97,5 +45,82 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def config_dict(config: RunConfig) -> dict[str, Any]:
-    return asdict(config)
+def read_tree(path: Path) -> dict[str, Any]:
+    """The YAML mapping at `path` laid over the files its `base:` names (one or a list, relative to it; later ones win)."""
+    return _read_tree(path, ())
+
+
+def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """`readers`: the files that led here through their `base:`, outermost first."""
+    if any(path.resolve() == reader.resolve() for reader in readers):
+        chain = " -> ".join(map(str, (*readers, path)))
+        raise UserError(f"{path}: base: expected files that do not lead back here, found {chain}; take one out")
+    tree = _read_yaml(path, readers)
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base: expected a file or a list of files, found {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, _read_tree(path.parent / base, (*readers, path)))
+    return _merge(merged, tree)
+
+
+def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        named = f", named by base: in {readers[-1]}" if readers else ""
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {what}{named}; give the path of a run's YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {'nothing' if tree is None else repr(tree)[:60]}")
+    return tree
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if _extends(value, merged.get(key)) else value
+    return merged
+
+
+def _extends(over: Any, base: Any) -> bool:
+    """Whether two values are mappings of one kind. Another `kind` has other keys, so it replaces the mapping whole."""
+    if not (isinstance(over, dict) and isinstance(base, dict)):
+        return False
+    return bool(over.get("kind", base.get("kind")) == base.get("kind", over.get("kind")))
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Set one dotted key, such as `layout.tensor=2`, `data.shards=[a, b]`, `batch.epochs=null` or `parameters.0.rate=0.1`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"override {text!r}: expected key=value with a dotted key, such as optimizer.learning_rate=1e-6"
+        )
+    try:
+        decoded = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        place = _place(node, parent, text)
+        inner = node[place] if isinstance(node, list) else node.get(place)
+        if not isinstance(inner, dict | list):
+            inner = node[place] = {}
+        node = inner
+    node[_place(node, leaf, text)] = decoded
+
+
+def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """`part` as what `node` is indexed by."""
+    if isinstance(node, dict):
+        return part
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    places = f"0 to {len(node) - 1}" if node else "none, for the list is empty"
+    raise UserError(f"override {override!r}: expected a place in a list of {len(node)} ({places}), found {part!r}")

@@ -68,6 +68,10 @@ def block_spec(mask: AttnMaskType, layers: int) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer_spec(mask)] * layers, layer_norm=layer_modules().norm)
 
 
+def _leave_as_is(weight: Tensor) -> None:
+    pass
+
+
 def _common(layout: Layout, precision: Precision) -> dict[str, Any]:
     dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
     if precision.fp8:
@@ -83,8 +87,11 @@ def _common(layout: Layout, precision: Precision) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "perform_initialization": False,  # every weight is set by convert.load, from files or a generator of its own
-        "use_cpu_initialization": False,
+        # Every weight is set by convert.start. The init methods still run, for megatron-core marks tensor-parallel weights
+        # in the same breath, and without the marks their gradients are left out of the norm.
+        "init_method": _leave_as_is,
+        "output_layer_init_method": _leave_as_is,
+        "embedding_init_method": _leave_as_is,
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import json
+import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 import pivot_megatron.runtime  # noqa: F401  (before megatron.core)
-from pivot_megatron.config.schema import Layout, Precision, Recompute
-from pivot_megatron.convert.load import FreshParts, hf_shapes, hf_source, load_component
+from pivot_megatron.config.schema import (
+    Batch,
+    Component,
+    Data,
+    Dpo,
+    Encoder,
+    Layout,
+    Model,
+    Optimizer,
+    Precision,
+    Recompute,
+    RunConfig,
+    Sft,
+)
+from pivot_megatron.convert.gather import hf_tensors
+from pivot_megatron.convert.load import (
+    FreshParts,
+    hf_shapes,
+    hf_source,
+    load_component,
+    parameters_by_global_name,
+)
+from pivot_megatron.convert.plan import rows_by_parameter
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.model.logprobs import vocabulary_logits
+from pivot_megatron.objective.build import build_objective
+from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
+from pivot_megatron.train.step import train_step
 
 
 def architecture(encoder: Path, head: Path, feature_layer: int = -2) -> Architecture:
@@ -105,3 +131,102 @@ def _answer_logits(model: VisionLanguageModel, batch: PackedBatch, hidden: Tenso
 
 def stage_of_rank() -> tuple[int, int]:
     return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+
+
+def run_config(layout: Layout, encoder: Path, head: Path, objective: Sft | Dpo, compute: str = "fp32") -> RunConfig:
+    """Settings whose effect on the weights is not drowned in noise: gradients whose true value is zero (key biases) must not
+    turn into a full Adam step, so epsilon is large; the clip is low enough to be in force."""
+    return RunConfig(
+        name="parity",
+        out=Path("unused"),
+        model=Model(encoder=Encoder(hf=encoder), llm=Component(hf=head)),
+        objective=objective,
+        data=Data(shards=(Path("unused"),)),
+        optimizer=Optimizer(
+            learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, epsilon=1e-4, clip_gradient=CLIP
+        ),
+        batch=Batch(global_size=8, micro_size=4, steps=10),
+        layout=layout,
+        precision=Precision(compute),  # type: ignore[arg-type]
+        seed=5,
+    )
+
+
+CLIP = 0.5
+
+Shares = list[list[tuple[list[Tokenized], Tensor]]]
+"""For each data-parallel rank, its micro-batches: pairs and the pixels of those that have an image."""
+
+
+def whole_gradients(wrapped: Any) -> None:
+    """The distributed optimizer leaves each rank its own part of a reduced buffer: gather the parts, so that `main_grad`
+    is whole."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1:
+        return
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets:
+            parts = bucket.grad_data.chunk(group.size())
+            gathered = [torch.empty_like(parts[0]) for _ in parts]
+            dist.all_gather(gathered, parts[group.rank()].contiguous(), group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
+
+
+def train_steps(
+    layout: Layout, encoder: Path, head: Path, shares: Shares, objective: Sft | Dpo, steps: int
+) -> dict[str, Any]:
+    """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors."""
+    config = run_config(layout, encoder, head, objective)
+    model = loaded_model(layout, encoder, head)
+    judge = build_objective(objective)
+    reference = loaded_model(layout, encoder, head).eval().requires_grad_(False) if judge.needs_reference else None
+    apply_rules(model, config.parameters)
+    wrapped = wrap(model, layout)
+    optimization = build_optimization(wrapped, config, steps=10)
+    own = shares[parallel_state.get_data_parallel_rank()]
+    batches = [pack(samples, list(pixels), judge.branches, model.arch.encoder.image_size, 4) for samples, pixels in own]
+    gradients: dict[str, Tensor] = {}
+    plain_step = optimization.optimizer.step
+
+    def keep_gradients() -> Any:
+        if not gradients:
+            whole_gradients(wrapped)
+            swapped = [(p, p.data, p.main_grad) for p in model.parameters()]
+            for p, _, grad in swapped:
+                p.data = grad.clone()
+            gradients.update(hf_tensors(model))
+            for p, data, _ in swapped:
+                p.data = data
+        return plain_step()
+
+    optimization.optimizer.step = keep_gradients
+    results = [train_step(wrapped, optimization, judge, batches, reference) for _ in range(steps)]
+    if layout.overlap_parameter_gather:
+        wrapped.start_param_sync(force_sync=True)
+    return {"gradients": gradients, "weights": hf_tensors(model), "results": results}
+
+
+def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool = False) -> dict[str, Tensor]:
+    """What comes out of a model that was just loaded, by a table that may differ from the one it was loaded by."""
+    from pivot_megatron.convert import gather
+    from tests.parity.test_conversion import swap_query_and_key
+
+    model = loaded_model(layout, encoder, head)
+    if swap_on_export:
+        table = {name: swap_query_and_key(row) for name, row in rows_by_parameter(model.arch).items()}
+        with unittest.mock.patch.object(gather, "rows_by_parameter", lambda _arch: table):
+            return hf_tensors(model)
+    return hf_tensors(model)
+
+
+def table_and_model(
+    layout: Layout, encoder: Path, head: Path
+) -> tuple[dict[str, int | None], dict[str, tuple[bool, int | None]]]:
+    """The table's split and megatron-core's own marks, by parameter."""
+    model = loaded_model(layout, encoder, head)
+    rows = {name: row.transform.tp_dim for name, row in rows_by_parameter(model.arch).items()}
+    marks = {
+        name: (bool(getattr(p, "tensor_model_parallel", False)), getattr(p, "partition_dim", None))
+        for name, p in parameters_by_global_name(model)
+    }
+    return rows, marks

@@ -1,0 +1,58 @@
+# The environment is made by whichever target needs it first, and again when the versions it is made of change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VERSION = import sys; print("%d.%d" % sys.version_info[:2])
+FOUND = $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null || echo none)
+
+.PHONY: help environment demo test test-slow check docs constraints clean
+
+help:
+	@echo 'make demo         the whole recipe, small, on this machine'
+	@echo 'make test         the tests that take seconds'
+	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make check        lint, format, types, import rules'
+	@echo 'make docs         write docs/configuration.md from the schema'
+	@echo 'make constraints  write the versions of this environment into constraints.txt'
+	@echo 'make clean        remove the environment and what tools left behind'
+	@echo 'PYTHON=python3.12 before or after any of these picks the Python (3.11 or 3.12)'
+
+environment: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/pivot demo
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP)
+	$(BIN)/python -m pivot_megatron.config.document > docs/configuration.md.part
+	mv docs/configuration.md.part docs/configuration.md
+
+constraints: $(STAMP)
+	$(BIN)/python tools/constraints.py constraints.txt
+	touch $(STAMP)
+
+# An environment of another Python, or one whose making was cut short, is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	$(if $(filter 3.11 3.12,$(FOUND)),,$(error expected Python 3.11 or 3.12 as $(PYTHON), found $(FOUND): name another, as in: make $(or $(MAKECMDGOALS),environment) PYTHON=python3.12))
+	@test "$$($(BIN)/python -c 'import pip; $(VERSION)' 2>/dev/null)" = $(FOUND) || $(PYTHON) -m venv --clear $(VENV)
+	@echo 'installing into $(VENV) with Python $(FOUND): some minutes the first time'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

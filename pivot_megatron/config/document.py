@@ -1,0 +1,131 @@
+"""docs/configuration.md, written from the schema: `python -m pivot_megatron.config.document > docs/configuration.md`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+
+from pivot_megatron.config.keys import Key, all_keys
+
+_INTRODUCTION = """\
+# Configuration
+
+One YAML file is one run. This page is written from the schema by `make docs`; a test fails where the two differ.
+
+- **`base:`** names one file or a list of files, relative to the file that names them. They are read first, later ones
+  over earlier ones, and the file itself over all of them. Mappings merge key by key; lists and values replace, and so
+  does a mapping that names another `kind`.
+- **`key=value`** after the file on the command line goes over the file, with a dotted key and a YAML value:
+  `layout.tensor=2`, `data.shards=[shards/a, shards/b]`, `parameters.0.rate=0.1`. `null` takes a value away:
+  `model.encoder.hf=null`.
+- **Paths** are relative to the folder that `pivot` is started in.
+- **Mistakes** are all reported at once, one line each with the dotted key, by `pivot check FILE...` as by `pivot train`;
+  the exit code is then 2. A key that this page does not know is a mistake.
+- The resolved config of a run is `config.yaml` in its folder, and is itself a file that `pivot train` takes.
+
+`N` in a key stands for a place in a list, counted from 0. A key without a default must be given.
+"""
+
+_MEANINGS: Mapping[str, str] = {
+    "RunConfig.name": "what the run is called in progress lines and reports",
+    "RunConfig.out": "the run's folder: metrics, checkpoints and exports; a run resumes from what it finds there",
+    "RunConfig.model": "the three parts and where their weights come from",
+    "RunConfig.objective": "what is minimised; `kind` says which",
+    "RunConfig.data": "samples and how they become tokens and pixels",
+    "RunConfig.optimizer": "AdamW and its learning-rate schedule",
+    "RunConfig.batch": "samples a step, and the length of the run",
+    "RunConfig.parameters": "ordered rules that freeze parameters or scale their learning rate; the first match holds",
+    "RunConfig.layout": "how the model is split over processes",
+    "RunConfig.precision": "number formats",
+    "RunConfig.recompute": "activations traded for time",
+    "RunConfig.checkpoints": "when to save and how much to keep",
+    "RunConfig.seed": "of the sample order and of fresh weights",
+    "Model.encoder": "the vision encoder",
+    "Model.llm": "the language model that serves as the head",
+    "Model.projector": "the two linears between them; without a source it starts fresh",
+    "Component.hf": "a Hugging Face folder: config and safetensors",
+    "Component.checkpoint": "a run's folder (its newest checkpoint), or one checkpoint",
+    "Component.fresh": "a Hugging Face folder whose config alone is used; weights are drawn from `seed`",
+    "Encoder.feature_layer": "index into `hidden_states`, from the end: -2 is the last layer but one",
+    "Sft.kind": "negative log-likelihood of the answer (a pair's chosen one)",
+    "Dpo.kind": "direct preference optimisation on pairs",
+    "Dpo.beta": "strength of the pull towards the reference model; more than 0",
+    "Dpo.label_smoothing": "share of pairs taken to be labelled the wrong way round, 0 to under 0.5",
+    "Dpo.sft_weight": "weight of an SFT term on the chosen answer",
+    "Data.shards": "folders of tars with an `index.json`, read as one set",
+    "Data.template": "chat template; `tokenizer` is the one in the head's folder",
+    "Data.sequence_length": "most tokens of a prompt with one answer, image tokens counted",
+    "Data.too_long": "what becomes of a longer sample; DPO only drops",
+    "Data.image_backend": "what resizes images: `pil` is bit for bit Hugging Face's slow processor, `torch` is faster",
+    "Optimizer.learning_rate": "peak, of parameters that no rule scales",
+    "Optimizer.minimum_learning_rate": "where a cosine schedule ends",
+    "Optimizer.schedule": "after the warm-up",
+    "Optimizer.warmup_fraction": "share of all steps over which the rate rises from 0; 0 to under 1",
+    "Optimizer.weight_decay": "decoupled, on matrices only",
+    "Optimizer.beta1": "decay of Adam's first moment",
+    "Optimizer.beta2": "decay of Adam's second moment",
+    "Optimizer.epsilon": "added to the root of Adam's second moment",
+    "Optimizer.clip_gradient": "largest norm of the whole gradient; 0 does not clip",
+    "Batch.global_size": "samples (pairs) a step over all processes; a multiple of `micro_size` x data-parallel ranks",
+    "Batch.micro_size": "samples packed into one forward pass of one process; changes memory and speed, not the result",
+    "Batch.epochs": "length as passes over the data; what does not fill a last batch is left out",
+    "Batch.steps": "length in steps; give this or `epochs`",
+    "ParameterRule.match": "shell-style pattern over parameter names, which begin with `encoder.`, `projector.`, `llm.`",
+    "ParameterRule.rate": "a positive factor on the learning rate, or `frozen`",
+    "Layout.tensor": "tensor-parallel size; above 1, sequence parallelism goes with it",
+    "Layout.pipeline": "pipeline-parallel size",
+    "Layout.first_stage_layers": "LLM layers on the first pipeline stage, beside the encoder; null splits evenly",
+    "Layout.last_stage_layers": "LLM layers on the last pipeline stage, beside the output layer; null splits evenly",
+    "Layout.overlap_gradient_reduce": "reduce gradients over data-parallel ranks during the backward pass",
+    "Layout.overlap_parameter_gather": "gather parameters during the forward pass; needs `overlap_gradient_reduce`",
+    "Precision.compute": "weights and activations; gradients, master weights and Adam's state are fp32",
+    "Precision.fp8": "Transformer Engine's recipe for FP8 GEMMs; null: none. Needs CUDA and transformer-engine",
+    "Recompute.encoder": "what the backward pass computes again: nothing, core attention, or whole layers",
+    "Recompute.llm": "the same, for the language model",
+    "Checkpoints.every": "steps between checkpoints; the last step is always saved",
+    "Checkpoints.keep": "newest checkpoints that stay",
+}
+
+
+def page() -> str:
+    """The page's Markdown. Raises KeyError for a schema field without a meaning here."""
+    sections = [_INTRODUCTION]
+    groups: dict[tuple[str, type], list[Key]] = {}
+    for key in all_keys():
+        groups.setdefault((key.path.rpartition(".")[0], key.owner), []).append(key)
+    for (parent, owner), keys in groups.items():
+        paragraphs = [f"## {_title(parent, owner)}", _docstring(owner), "\n".join(_table(keys))]
+        sections.append("\n\n".join(filter(None, paragraphs)) + "\n")
+    return "\n".join(sections)
+
+
+def meaning(key: Key) -> str:
+    """A field is explained where it is first declared."""
+    for owner in key.owner.__mro__:
+        if text := _MEANINGS.get(f"{owner.__name__}.{key.name}"):
+            return text
+    raise KeyError(f"{key.owner.__name__}.{key.name}: no meaning in {__name__}; add one, then run: make docs")
+
+
+def _title(parent: str, owner: type) -> str:
+    kind = getattr(owner, "kind", None)
+    return f"`{parent}`, kind `{kind}`" if kind else f"`{parent}`" if parent else "The run"
+
+
+def _docstring(owner: type) -> str:
+    """Empty for a class without one: dataclasses then write their signature into it."""
+    text = inspect.cleandoc(owner.__doc__ or "")
+    return "" if text.startswith(f"{owner.__name__}(") else text
+
+
+def _table(keys: list[Key]) -> Iterator[str]:
+    yield "| key | type | default | meaning |"
+    yield "|---|---|---|---|"
+    for key in keys:
+        default = {None: "", "": "see its keys"}.get(key.default, f"`{key.default}`")
+        yield f"| `{key.name}` | {key.type} | {default} | {meaning(key)} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

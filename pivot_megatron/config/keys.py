@@ -1,0 +1,92 @@
+"""Every key a run's YAML may hold, read off the schema: for the reference page and for hints at unknown keys."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pivot_megatron.config.schema import RunConfig
+
+_NAMES: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    Path: "path",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """`path` is dotted, with `N` for a place in a list. `owner` is the schema class that the key is a field of.
+
+    `default` is YAML, or None where the key must be given. `type` is for a reader. A key that holds further keys has
+    them in `parts`: the schema classes one of which its value becomes.
+    """
+
+    path: str
+    owner: type
+    type: str
+    default: str | None
+    parts: tuple[type, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+@cache
+def all_keys() -> tuple[Key, ...]:
+    """In the order of the schema, each key before the keys it holds."""
+    return tuple(_keys_of(RunConfig, ""))
+
+
+def _keys_of(owner: type, prefix: str) -> Iterator[Key]:
+    hints = get_type_hints(owner, include_extras=True)
+    for field in fields(owner):
+        kind = hints[field.name]
+        parts = tuple(_parts(kind))
+        path = f"{prefix}{field.name}"
+        yield Key(path, owner, _type_name(kind), _default(field, bool(parts)), parts)
+        inner = f"{path}.N." if get_origin(kind) is tuple else f"{path}."
+        for part in parts:
+            yield from _keys_of(part, inner)
+
+
+def _parts(kind: Any) -> Iterator[type]:
+    if is_dataclass(kind):
+        yield kind  # type: ignore[misc]
+    elif get_origin(kind) is Annotated:
+        yield from _parts(get_args(kind)[0])
+    else:
+        for argument in get_args(kind):
+            yield from _parts(argument)
+
+
+def _type_name(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments))
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}s"
+    return "mapping" if is_dataclass(kind) else _NAMES[kind]
+
+
+def _default(field: Field[Any], has_parts: bool) -> str | None:
+    if field.default is MISSING:
+        # A mapping that may be left out is filled from its own keys' defaults.
+        return "" if field.default_factory is not MISSING else None
+    if has_parts:
+        return "[]"
+    if field.default is None or isinstance(field.default, bool):
+        return {None: "null", True: "true", False: "false"}[field.default]
+    return str(field.default)

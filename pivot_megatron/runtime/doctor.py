@@ -1,0 +1,220 @@
+"""What this machine has for training, what is missing, what that costs and what to install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+
+PROJECT = "pivot-megatron"
+
+# A 1.5B head with a So400m encoder is about 2 G parameters, and a checkpoint holds 14 bytes for each: weights in bf16,
+# master weights and two moments in fp32. Two stay and a third is being written.
+_DISK = 90 * 2**30
+# Two processes of the tests, each with torch, megatron-core and transformers loaded.
+_MEMORY = 6 * 2**30
+# Containers often get 64 MiB; NCCL takes tens of MiB for each pair of GPUs of a machine.
+_SHARED_MEMORY = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`found` is what there is, in words. `cost` says what is lost and what to do; where `ok` it is empty, or why not."""
+
+    name: str
+    found: str
+    ok: bool
+    cost: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at this machine and the environment of this process; starts nothing and changes nothing."""
+    return [_python(), *_torch_and_gpus(), _megatron_core(), *_packages(), *_machine(Path.cwd())]
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """A line a finding, and under it what that costs."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{'ok' if finding.ok else '--'}  {finding.name:<{width}}  {finding.found}")
+        if finding.cost:
+            lines.append(f"    {'':<{width}}  {finding.cost}")
+    return "\n".join(lines)
+
+
+def _finding(name: str, found: str, ok: bool, cost: str) -> Finding:
+    return Finding(name, found, ok, "" if ok else cost)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    version = "{}.{}.{}".format(*sys.version_info)
+    cost = "only 3.11 and 3.12 are tested, each with its own megatron-core; make the environment again with one of them"
+    return _finding("python", version, sys.version_info[:2] in ((3, 11), (3, 12)), cost)
+
+
+def _torch_and_gpus() -> Iterator[Finding]:
+    version = _version("torch")
+    if version is None:
+        yield Finding("torch", "none", False, "nothing runs; pip install -e . -c constraints.txt")
+        return
+    import torch  # takes a second or two, which the other findings need not wait for
+
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield _finding(
+        "torch",
+        f"{version} ({build})",
+        bool(torch.version.cuda) or not driver,
+        "this machine has an NVIDIA driver that a CPU build cannot use; pip install a CUDA build of the same version",
+    )
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield _gpu(index, torch.cuda.get_device_properties(index))
+    else:
+        yield Finding("gpu", "none", False, _no_gpu(driver, bool(torch.version.cuda)))
+
+
+def _no_gpu(driver: bool, cuda_build: bool) -> str:
+    if driver and cuda_build:
+        return "training runs on the CPU: the driver shows no GPU to torch; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return "training runs on the CPU: the demo and the tests, not models of real size; use a machine with NVIDIA GPUs"
+
+
+def _gpu(index: int, properties: Any) -> Finding:
+    capability = (properties.major, properties.minor)
+    found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        cost = "no bf16 on its tensor cores: slow; set precision.compute: fp32, or use an Ampere GPU or newer"
+    else:
+        cost = "no FP8: leave precision.fp8 at null, or use a Hopper GPU or newer"
+    return _finding(f"gpu {index}", found, capability >= (8, 9), cost)
+
+
+def _megatron_core() -> Finding:
+    found, wanted = _version("megatron-core"), pinned("megatron-core")
+    cost = "nothing trains" if found is None else f"checkpoints and results are tested with {wanted} on this Python"
+    return _finding(
+        "megatron-core",
+        found or "none",
+        found is not None and found == (wanted or found),
+        f"{cost}; pip install megatron-core=={wanted}",
+    )
+
+
+def pinned(package: str) -> str | None:
+    """The version that the installed project requires exactly on this Python; None where it names none."""
+    try:
+        texts = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return None
+    for requirement in map(Requirement, texts):
+        holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name == package and holds:
+            return next((spec.version for spec in requirement.specifier if spec.operator == "=="), None)
+    return None
+
+
+def _packages() -> Iterator[Finding]:
+    engine = _package(("transformer-engine", "transformer-engine-torch"), "transformer_engine")
+    yield _finding(
+        "transformer-engine",
+        engine or "none",
+        engine is not None,
+        "no FP8, megatron-core's local layers; pip install 'pivot-megatron[te]' on a CUDA machine",
+    )
+    apex = _package(("apex",), "apex")
+    if apex is None and engine:
+        yield Finding("apex", "none", True, "not needed: transformer-engine brings a fused Adam")
+    else:
+        cost = "no fused Adam: a slower optimizer step; pip install 'pivot-megatron[te]', which brings one"
+        yield _finding("apex", apex or "none", apex is not None, cost)
+    flash = _package(("flash-attn", "flash-attn-3"), "flash_attn")
+    cost = "nothing in this version: attention runs on torch's own kernels; no need to install it"
+    yield Finding("flash-attn", flash or "none", True, "" if flash else cost)
+    dali = _package(("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"), "nvidia.dali")
+    cost = "nothing in this version: images are decoded and resized on CPU cores; no need to install it"
+    yield Finding("dali", dali or "none", True, "" if dali else cost)
+    transformers = _package(("transformers",), "transformers")
+    cost = "no checkpoint is read; pip install -e . -c constraints.txt"
+    yield _finding("transformers", transformers or "none", transformers is not None, cost)
+
+
+def _package(distributions: Sequence[str], module: str) -> str | None:
+    """Version of the first of `distributions` that is installed. Built from source, one may carry no metadata."""
+    version = next(filter(None, map(_version, distributions)), None)
+    return version or ("version unknown" if _importable(module) else None)
+
+
+def _importable(module: str) -> bool:
+    """Looks for the module without running it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _machine(folder: Path) -> Iterator[Finding]:
+    cores = usable_cores()
+    yield _finding(
+        "cores", f"{cores:g}", cores >= 2, "two processes share one core: the tests and the demo take longer"
+    )
+    memory = usable_memory()
+    cost = "the tests and the demo may be killed; give the container or the machine more"
+    yield _finding("memory", _gib(memory), memory >= _MEMORY, cost)
+    disk = shutil.disk_usage(folder)
+    cost = "a run with a 1.5B head keeps checkpoints of about 27 GiB; set out: to a larger disk or checkpoints.keep: 1"
+    yield _finding("disk", f"{_gib(disk.free)} free in {folder}", disk.free >= _DISK, cost)
+    shared = Path("/dev/shm")
+    size = shutil.disk_usage(shared).total if shared.is_dir() else 0
+    cost = "NCCL between GPUs of one machine fails or crawls; start the container with --shm-size=8g or --ipc=host"
+    yield _finding("/dev/shm", _gib(size) if size else "none", size >= _SHARED_MEMORY, cost)
+
+
+def usable_cores() -> float:
+    """Cores this process may use: its affinity, and a container's quota where that is less."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read_words("/sys/fs/cgroup/cpu.max")  # cgroup v2: quota and period in microseconds
+    if len(quota) == 2 and all(word.isdecimal() for word in quota):
+        return min(affinity, round(int(quota[0]) / int(quota[1]), 1))
+    return affinity
+
+
+def usable_memory() -> int:
+    """Bytes of memory: the machine's, or a container's limit where that is less."""
+    total = int(psutil.virtual_memory().total)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        limit = _read_words(path)
+        if limit and limit[0].isdecimal():
+            return min(total, int(limit[0]))
+    return total
+
+
+def _read_words(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().split()
+    except OSError:
+        return []
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.quiet import quiet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed while running, 2 the input or config is wrong."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: a name that is no folder must not become a download
+    if not args.debug:
+        quiet()
     try:
         return int(args.run(args) or 0)
     except (UserError, RunError) as error:

@@ -124,7 +124,7 @@ def _table(keys: list[Key]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for key in keys:
         default = {None: "", "": "see its keys"}.get(key.default, f"`{key.default}`")
-        yield f"| `{key.name}` | {key.type} | {default} | {meaning(key)} |"
+        yield f"| `{key.name}` | {key.kind} | {default} | {meaning(key)} |"
 
 
 if __name__ == "__main__":

@@ -25,15 +25,15 @@ _NAMES: Mapping[Any, str] = {
 class Key:
     """`path` is dotted, with `N` for a place in a list. `owner` is the schema class that the key is a field of.
 
-    `default` is YAML, or None where the key must be given. `type` is for a reader. A key that holds further keys has
-    them in `parts`: the schema classes one of which its value becomes.
+    `kind` names its type for a reader. `default` is YAML, or None where the key must be given. `parts` are the schema
+    classes, one of which the value of a key that holds further keys becomes.
     """
 
     path: str
-    owner: type
-    type: str
+    owner: type[Any]
+    kind: str
     default: str | None
-    parts: tuple[type, ...]
+    parts: tuple[type[Any], ...]
 
     @property
     def name(self) -> str:

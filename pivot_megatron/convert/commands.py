@@ -21,7 +21,14 @@ from pivot_megatron.convert.hf import HfTensors, write_folder
 from pivot_megatron.convert.load import check_layout_fits
 from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.start import describe_start, start_weights
-from pivot_megatron.convert.store import Description, describe, load_weights, resolve_checkpoint, save_weights
+from pivot_megatron.convert.store import (
+    Description,
+    describe,
+    load_weights,
+    resolve_checkpoint,
+    save_weights,
+    tensor_dtype,
+)
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.siglip import HF_PREFIX
 from pivot_megatron.model.composition import VisionLanguageModel, build_model
@@ -29,7 +36,7 @@ from pivot_megatron.runtime.distributed import process_groups
 
 
 @contextmanager
-def _whole_model(description: Description) -> Iterator[VisionLanguageModel]:
+def whole_model(description: Description) -> Iterator[VisionLanguageModel]:
     """The whole model in this process, fp32: every stored dtype (bf16, fp16, fp32) passes through it unchanged."""
     arch = description.architecture()
     check_layout_fits(arch, tensor=1, pipeline=1)
@@ -43,7 +50,7 @@ def import_checkpoint(encoder: Path, llm: Path, out: Path, feature_layer: int, s
         raise UserError(f"{out}: already exists; import to a new folder")
     start = Model(encoder=Encoder(hf=encoder, feature_layer=feature_layer), llm=Component(hf=llm))
     description = describe_start(start)
-    with _whole_model(description) as model:
+    with whole_model(description) as model:
         start_weights(model, start, seed)
         save_weights(model, out, description)
 
@@ -60,7 +67,7 @@ def export_checkpoint(
     description = describe(checkpoint)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
-    with _whole_model(description) as model:
+    with whole_model(description) as model:
         for name in COMPONENTS:
             load_weights(model, checkpoint, name)
         tensors = hf_tensors(model)
@@ -72,7 +79,7 @@ def export_checkpoint(
             _write(out, config, named, [f for f in Path(scratch).iterdir() if f.is_file()], facts)
         return
     source = HfTensors(original, prefixes=(HF_PREFIX,)) if original else None
-    config, named = export_encoder(description, tensors, last_layer, source)
+    config, named = export_encoder(description, tensors, last_layer, source, tensor_dtype(checkpoint))
     facts |= {"last_layer": last_layer, "original": str(original) if original else None}
     facts["features"] = "hidden_states[-1]" if last_layer == "drop" else f"hidden_states[{description.feature_layer}]"
     _write(out, config, named, encoder_files(description), facts)

@@ -55,6 +55,7 @@ def export_encoder(
     tensors: Mapping[str, Tensor],
     last_layer: Literal["drop", "original"],
     original: HfTensors | None,
+    trained_dtype: torch.dtype = torch.float32,
 ) -> Export:
     """The vision encoder under hub key names, in the dtype of the checkpoint it came from.
 
@@ -62,6 +63,7 @@ def export_encoder(
     transformers always has and nothing trained, is the identity scale. `original`: what stands past the feature layer comes
     from `original` unchanged, and so does every tensor that did not train: features are `hidden_states` at the same index
     as before.
+    `trained_dtype`: in which the run held its weights; a tensor that is still the original rounded to it did not train.
     """
     arch = description.architecture()
     stored = read_json(description.encoder / "config.json")
@@ -83,14 +85,14 @@ def export_encoder(
     if missing := [name for name in trained if name not in whole]:
         raise UserError(f"{original.folder}: expected the encoder that the run started from, found no {missing[0]}")
     for name, tensor in trained.items():
-        whole[name] = as_stored(tensor, whole[name], tensors[name].dtype)
+        whole[name] = as_stored(tensor, whole[name], trained_dtype)
     use_head = any(name.startswith("vision_model.head.") for name in whole)
     return _vision_config(description, arch.encoder.layers, use_head), whole
 
 
-def as_stored(trained: Tensor, original: Tensor, compute: torch.dtype) -> Tensor:
-    """`trained` in the original's dtype; the original's own bits where training in `compute` precision left it as it was."""
-    unchanged = torch.equal(original.to(compute), trained.to(compute))
+def as_stored(trained: Tensor, original: Tensor, trained_dtype: torch.dtype) -> Tensor:
+    """`trained` in the original's dtype; the original's own bits where training in `trained_dtype` left it as it was."""
+    unchanged = torch.equal(original.to(trained_dtype), trained.to(trained_dtype))
     return original if unchanged else trained.to(original.dtype)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -45,7 +46,8 @@ class Description:
             self.feature_layer,
         )
 
-    def copy_to(self, checkpoint: Path) -> None:
+    def copy_to(self, checkpoint: Path, dtype: torch.dtype) -> None:
+        """`dtype`: that of the checkpoint's tensors."""
         for name, source, files in (
             ("encoder", self.encoder, ("config.json", PROCESSOR)),
             ("llm", self.llm, ("config.json", *TOKENIZER_FILES)),
@@ -56,8 +58,18 @@ class Description:
                 if (source / file).exists():
                     shutil.copyfile(source / file, target / file)
         (checkpoint / "model.json").write_text(
-            json.dumps({"format": FORMAT, "feature_layer": self.feature_layer}, indent=2) + "\n"
+            json.dumps({"format": FORMAT, "feature_layer": self.feature_layer, "dtype": _name(dtype)}, indent=2) + "\n"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor_dtype(checkpoint: Path) -> torch.dtype:
+    """In which dtype `checkpoint` was trained and saved."""
+    dtype: torch.dtype = getattr(torch, read_json(checkpoint / "model.json")["dtype"])
+    return dtype
 
 
 def describe(checkpoint: Path) -> Description:
@@ -95,13 +107,13 @@ def content_metadata() -> dict[str, Any]:
     return metadata
 
 
-def save_state(state: dict[str, Any], out: Path, description: Description) -> None:
-    """Write `state` (tensors by `sharded_state_dict`) so that `out` is whole or absent. Collective over all ranks."""
+def save_state(state: dict[str, Any], out: Path, description: Description, dtype: torch.dtype) -> None:
+    """Write `state` (model tensors in `dtype`) so that `out` is whole or absent. Collective over all ranks."""
     part = out.with_name(out.name + ".part")
     if is_main_process():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        description.copy_to(part)
+        description.copy_to(part, dtype)
         # megatron-core wants an empty folder for its own files and warns otherwise.
         (part / "tensors").mkdir()
     dist.barrier()
@@ -127,7 +139,8 @@ def common_state(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def save_weights(model: VisionLanguageModel, out: Path, description: Description) -> None:
-    save_state({"model": model.sharded_state_dict(metadata=content_metadata())}, out, description)
+    state = {"model": model.sharded_state_dict(metadata=content_metadata())}
+    save_state(state, out, description, model.config.params_dtype)
 
 
 def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str) -> None:

@@ -27,6 +27,7 @@ class PackedBatch:
     branch: Tensor  # [N] branch index over the whole pack: branches_per_sample * sample + branch
     branches_per_sample: int
     length: int  # tokens before the padding
+    max_position: int  # highest of `positions`, known on the host
     keys: tuple[str, ...]  # [S] sample keys
 
     @property

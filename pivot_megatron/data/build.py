@@ -11,6 +11,8 @@ from pivot_megatron.data.loader import Loader, PairSet
 from pivot_megatron.data.tokens import SampleTokenizer, Tokenizer, template_by_name
 from pivot_megatron.errors import UserError
 
+PACK_MULTIPLE = 16  # tokens a tensor-parallel rank, which FP8 matrix products need and nothing else minds
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import, and not needed to check a config
@@ -60,7 +62,7 @@ def build_loader(
         global_size=batch.global_size,
         micro_size=batch.micro_size,
         seed=config.seed,
-        pack_multiple=config.layout.tensor * 8,
+        pack_multiple=config.layout.tensor * PACK_MULTIPLE,
         rank=rank,
         size=size,
         with_images=with_images,

@@ -77,5 +77,6 @@ def pack(
         branch=torch.tensor(branch_index, dtype=torch.long),
         branches_per_sample=branches_per_sample,
         length=len(tokens),
+        max_position=max(positions, default=0),
         keys=tuple(s.key for s in samples),
     )

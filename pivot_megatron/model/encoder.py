@@ -18,13 +18,14 @@ from pivot_megatron.model.specs import full_block
 class VisionEncoder(MegatronModule):
     """Images `[I, 3, H, W]` to features `[tokens(/tp), 1, hidden]`, image after image, split over tensor-parallel ranks.
 
-    All images run as one packed sequence, padded at its end to a multiple of the tensor-parallel size: 729 tokens an image
+    All images run as one packed sequence, padded at its end to what ranks and FP8 divide by: 729 tokens an image
     divide by nothing useful, and padding inside an image would have to be masked.
     """
 
     def __init__(self, config: TransformerConfig, arch: EncoderArchitecture) -> None:
         super().__init__(config=config)
         self.arch = arch
+        self._multiple = config.tensor_model_parallel_size * (16 if config.fp8 else 1)
         dtype = config.params_dtype
         self.patch_embedding = torch.nn.Conv2d(
             3, arch.hidden, kernel_size=arch.patch_size, stride=arch.patch_size, dtype=dtype
@@ -37,8 +38,7 @@ class VisionEncoder(MegatronModule):
         hidden = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
         images, length, width = hidden.shape
         hidden = hidden.reshape(images * length, 1, width)
-        if self.config.sequence_parallel:
-            hidden = pad(hidden, (0, 0, 0, 0, 0, -hidden.shape[0] % self.config.tensor_model_parallel_size))
+        hidden = pad(hidden, (0, 0, 0, 0, 0, -hidden.shape[0] % self._multiple))
         segments = ImageSegments(images=images, length=length, **one_sequence(hidden.shape[0], hidden.device))
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)

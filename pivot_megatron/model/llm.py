@@ -61,7 +61,7 @@ class LanguageModel(GPTModel):
             **one_sequence(tokens, batch.positions.device),
         )
         # A pack's rotary table is the plain one, read at each token's own position: branches restart after their prefix.
-        table = self.rotary_pos_emb(int(batch.positions.max()) + 1, packed_seq=True)
+        table = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)
         out: Tensor = self.decoder(
             hidden_states=embeddings,
             attention_mask=None,

@@ -25,7 +25,10 @@ class GroupStepAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("CUDA graphs cannot capture an optimizer on CPU")
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -53,14 +53,3 @@ def use_threads_fairly() -> None:
     if not current_platform().is_cuda:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def peak_memory_bytes() -> int:
-    """Highest memory of this process so far: GPU allocations on CUDA, resident set on CPU."""
-    if current_platform().is_cuda:
-        return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -64,7 +64,7 @@ class Checkpointer:
             "layout": self._layout,
             "random": self._random_shard(_random_state()),
         }
-        save_state(state, out, self._description)
+        save_state(state, out, self._description, wrapped.config.params_dtype)
         self._prune()
         return out
 

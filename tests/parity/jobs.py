@@ -25,6 +25,7 @@ from pivot_megatron.config.schema import (
     Layout,
     Model,
     Optimizer,
+    ParameterRule,
     Precision,
     Recompute,
     RunConfig,
@@ -133,7 +134,9 @@ def stage_of_rank() -> tuple[int, int]:
     return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
 
 
-def run_config(layout: Layout, encoder: Path, head: Path, objective: Sft | Dpo, compute: str = "fp32") -> RunConfig:
+def run_config(
+    layout: Layout, encoder: Path, head: Path, objective: Sft | Dpo, rules: tuple[ParameterRule, ...] = ()
+) -> RunConfig:
     """Settings whose effect on the weights is not drowned in noise: gradients whose true value is zero (key biases) must not
     turn into a full Adam step, so epsilon is large; the clip is low enough to be in force."""
     return RunConfig(
@@ -147,7 +150,8 @@ def run_config(layout: Layout, encoder: Path, head: Path, objective: Sft | Dpo, 
         ),
         batch=Batch(global_size=8, micro_size=4, steps=10),
         layout=layout,
-        precision=Precision(compute),  # type: ignore[arg-type]
+        precision=Precision("fp32"),
+        parameters=rules,
         seed=5,
     )
 
@@ -173,10 +177,16 @@ def whole_gradients(wrapped: Any) -> None:
 
 
 def train_steps(
-    layout: Layout, encoder: Path, head: Path, shares: Shares, objective: Sft | Dpo, steps: int
+    layout: Layout,
+    encoder: Path,
+    head: Path,
+    shares: Shares,
+    objective: Sft | Dpo,
+    steps: int,
+    rules: tuple[ParameterRule, ...] = (),
 ) -> dict[str, Any]:
     """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors."""
-    config = run_config(layout, encoder, head, objective)
+    config = run_config(layout, encoder, head, objective, rules)
     model = loaded_model(layout, encoder, head)
     judge = build_objective(objective)
     reference = loaded_model(layout, encoder, head).eval().requires_grad_(False) if judge.needs_reference else None
@@ -191,7 +201,7 @@ def train_steps(
     def keep_gradients() -> Any:
         if not gradients:
             whole_gradients(wrapped)
-            swapped = [(p, p.data, p.main_grad) for p in model.parameters()]
+            swapped = [(p, p.data, p.main_grad if p.requires_grad else torch.zeros_like(p)) for p in model.parameters()]
             for p, _, grad in swapped:
                 p.data = grad.clone()
             gradients.update(hf_tensors(model))

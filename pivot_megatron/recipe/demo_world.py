@@ -1,0 +1,79 @@
+"""What the demo starts from: shards of rendered questions, and checkpoints of random weights in Hugging Face's form."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pivot_megatron.data.chat import SYSTEM
+from pivot_megatron.data.sample import Conversation
+from pivot_megatron.data.shards import ShardReader
+from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
+from pivot_megatron.recipe.demo_scale import DemoScale
+from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
+
+_CORPUS_ROWS = 2000  # of captions and instructions each, for the tokenizer
+
+
+def make_data(data: Path, scale: DemoScale) -> None:
+    """Captions, instructions, pairs and held-out pairs, each of a seed of its own, so that none shares an image."""
+    seed, size = scale.seed, scale.image_size
+    _once(data / "captions", lambda out: write_conversations(out, scale.captions, seed, size, "caption"))
+    _once(data / "instruct", lambda out: write_conversations(out, scale.instruct, seed + 1, size, "instruct"))
+    _once(data / "pairs", lambda out: write_pairs(out, scale.pairs, seed + 2, size))
+    _once(data / "held_out", lambda out: write_pairs(out, scale.held_out, seed + 3, size))
+
+
+def make_checkpoints(folder: Path, data: Path, scale: DemoScale) -> None:
+    """`encoder` (SigLIP) and `llm` (Qwen2.5, its tokenizer trained on the data's own text)."""
+    _once(
+        folder / "encoder",
+        lambda out: make_encoder(
+            out,
+            image_size=scale.image_size,
+            patch_size=scale.patch_size,
+            hidden_size=scale.hidden,
+            layers=scale.encoder_layers,
+            heads=4,
+            ffn=scale.ffn,
+            seed=scale.seed,
+        ),
+    )
+    tokenizer = make_tokenizer(_corpus(data), scale.vocabulary)
+    _once(
+        folder / "llm",
+        lambda out: make_head(
+            out,
+            tokenizer,
+            hidden_size=scale.hidden,
+            layers=scale.head_layers,
+            heads=4,
+            kv_heads=2,
+            ffn=scale.ffn,
+            tied=True,
+            seed=scale.seed + 1,
+        ),
+    )
+
+
+def _corpus(data: Path) -> Iterator[str]:
+    for name in ("captions", "instruct"):
+        reader = ShardReader(data / name)
+        for position in range(min(_CORPUS_ROWS, len(reader))):
+            sample = reader.read(position)
+            if isinstance(sample, Conversation):
+                yield from (turn.text for turn in sample.turns)
+                # The frame of every prompt: its words become one token each.
+                yield f"system\n{SYSTEM}\nuser\nassistant\n"
+
+
+def _once(out: Path, make: Callable[[Path], None]) -> None:
+    """`out` whole or absent, also after a kill in the middle."""
+    if out.exists():
+        return
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    make(part)
+    part.replace(out)

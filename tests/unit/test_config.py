@@ -1,0 +1,373 @@
+"""Configs: what a file, its bases and overrides become; every mistake as one line; the shipped files as the paper has them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pivot_megatron.cli import main
+from pivot_megatron.config import document
+from pivot_megatron.config.keys import all_keys
+from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
+from pivot_megatron.config.schema import Dpo, ParameterRule, RunConfig, Sft
+from pivot_megatron.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "configs" / "run"
+
+VALID: dict[str, Any] = {
+    "name": "n",
+    "out": "runs/n",
+    "model": {"encoder": {"hf": "e"}, "llm": {"hf": "l"}},
+    "objective": {"kind": "dpo"},
+    "data": {"shards": ["s"]},
+    "optimizer": {"learning_rate": "1e-6"},
+    "batch": {"global_size": 8, "micro_size": 2, "epochs": 3},
+    "parameters": [{"match": "encoder.*", "rate": "frozen"}],
+}
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = value
+    return tree
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> Path:
+    return write(tmp_path / "run.yaml", VALID)
+
+
+def errors_of(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Without the file's name, which every line must begin with."""
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(path, overrides)
+    assert all(line.startswith(f"{path}: ") for line in caught.value.errors)
+    assert len(str(caught.value).splitlines()) == len(caught.value.errors)
+    return [line.removeprefix(f"{path}: ") for line in caught.value.errors]
+
+
+def test_a_file_becomes_a_config_with_defaults(valid: Path) -> None:
+    config = load_config(valid)
+    assert config.objective == Dpo(beta=0.1)
+    assert config.optimizer.learning_rate == 1e-6  # text to YAML, which wants a dot
+    assert config.data.shards == (Path("s"),)
+    assert config.parameters == (ParameterRule("encoder.*", "frozen"),)
+    assert (config.layout.tensor, config.seed) == (1, 777)
+
+
+def test_bases_lie_under_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "first.yaml", VALID | {"seed": 1, "layout": {"tensor": 2, "pipeline": 4}})
+    write(tmp_path / "second.yaml", {"base": "deep/first.yaml", "seed": 2, "layout": {"pipeline": 1}})
+    third = write(tmp_path / "third.yaml", {"seed": 3, "data": {"shards": ["t"]}})
+    run = write(tmp_path / "run.yaml", {"base": ["second.yaml", third.name], "batch": {"epochs": 1}})
+    config = load_config(run)
+    assert (config.seed, config.layout.tensor, config.layout.pipeline) == (3, 2, 1)
+    assert (config.data.shards, config.batch.epochs, config.batch.global_size) == ((Path("t"),), 1, 8)
+
+
+def test_another_kind_replaces_the_objective_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", set_key(copy.deepcopy(VALID), "objective.beta", 0.3))
+    sft = write(tmp_path / "sft.yaml", {"base": "base.yaml", "objective": {"kind": "sft"}})
+    same = write(tmp_path / "same.yaml", {"base": "base.yaml", "objective": {"label_smoothing": 0.1}})
+    assert load_config(sft).objective == Sft()
+    assert load_config(same).objective == Dpo(beta=0.3, label_smoothing=0.1)
+
+
+def test_overrides(valid: Path) -> None:
+    overrides = [
+        "layout.tensor=2",
+        "data.shards=[a, b/c]",
+        "batch.epochs=null",
+        "batch.steps=7",
+        "parameters.0.rate=0.5",
+        "model.encoder.hf=null",
+        "model.encoder.checkpoint=runs/x",
+        "model.projector.checkpoint=runs/x",
+        "name=a=b",
+        "precision.compute=fp32",
+    ]
+    config = load_config(valid, overrides)
+    assert config.layout.tensor == 2
+    assert config.data.shards == (Path("a"), Path("b/c"))
+    assert (config.batch.epochs, config.batch.steps) == (None, 7)
+    assert config.parameters == (ParameterRule("encoder.*", 0.5),)
+    assert config.model.encoder.sources == config.model.projector.sources == ("checkpoint",)
+    assert (config.name, config.precision.compute) == ("a=b", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("layout.tensor", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("data.shards=[a", "the value is not YAML"),
+        ("parameters.1.rate=0.5", "expected a place in a list of 1 (0 to 0), found '1'"),
+        ("parameters.rate=0.5", "found 'rate'"),
+    ],
+)
+def test_a_wrong_override_is_named(valid: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(valid, [override])
+    message = str(caught.value)
+    assert repr(override) in message and says in message and "\n" not in message
+
+
+def test_a_cycle_of_bases_is_named(tmp_path: Path) -> None:
+    first = write(tmp_path / "first.yaml", {"base": "second.yaml"})
+    write(tmp_path / "second.yaml", {"base": ["first.yaml"]})
+    with pytest.raises(UserError, match=r"base: .*first\.yaml -> .*second\.yaml -> .*first\.yaml"):
+        load_config(first)
+
+
+def test_one_base_twice_is_no_cycle(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", VALID)
+    write(tmp_path / "a.yaml", {"base": "base.yaml", "seed": 1})
+    write(tmp_path / "b.yaml", {"base": "base.yaml"})
+    run = write(tmp_path / "run.yaml", {"base": ["a.yaml", "b.yaml"]})
+    assert load_config(run).seed == 1
+
+
+def test_files_that_are_no_configs(tmp_path: Path) -> None:
+    for name, text, says in (
+        ("list.yaml", "[1]", "expected a mapping of keys, found [1]"),
+        ("empty.yaml", "", "expected a mapping of keys, found nothing"),
+        ("broken.yaml", "a: [", "not YAML"),
+        ("base.yaml", "base: 3", "base: expected a file or a list of files, found 3"),
+        ("lost.yaml", "base: gone.yaml", "no such file, named by base: in"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_config(tmp_path / name)
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("optimiser", {}, "optimiser: unknown key; did you mean optimizer?"),
+        ("layout.tensr", 2, "layout.tensr: unknown key; did you mean layout.tensor?"),
+        ("learning_rate", 1, "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+        ("objective.beto", 1, "objective.beto: unknown key; did you mean objective.beta?"),
+        ("objective", {"kind": "sft", "beta": 1}, "objective.beta: unknown key; the keys here are kind"),
+        ("checkpoints.x", 1, "checkpoints.x: unknown key; the keys here are every, keep"),
+        ("objective", {"kind": "ppo"}, 'objective.kind: expected "sft" or "dpo", found "ppo"'),
+        ("objective", {}, 'objective.kind: missing; expected "sft" or "dpo"'),
+        ("objective", "dpo", 'objective: expected a mapping of keys, found "dpo"'),
+        ("objective.beta", "big", 'objective.beta: expected a number, found "big"'),
+        ("parameters", [{"match": "a", "rate": "x"}], 'parameters.0.rate: expected a number or "frozen", found "x"'),
+        (
+            "parameters",
+            [{"match": "a", "rate": 1}, {"math": "b", "rate": 1}],
+            "parameters.1.math: unknown key; did you mean parameters.1.match?",
+        ),
+        ("data.shards", "s", 'data.shards: expected a list, found "s"'),
+        ("data.sequence_length", 2.5, "data.sequence_length: expected a whole number, found 2.5"),
+        ("data.template", None, 'data.template: expected "qwen_1_5", "plain" or "tokenizer", found null'),
+        ("layout", None, "layout: expected a mapping of keys, found null"),
+        (
+            "layout.overlap_gradient_reduce",
+            "maybe",
+            'layout.overlap_gradient_reduce: expected true or false, found "maybe"',
+        ),
+    ],
+)
+def test_a_schema_mistake_is_one_line_with_its_dotted_path(tmp_path: Path, key: str, value: Any, line: str) -> None:
+    lines = errors_of(write(tmp_path / "run.yaml", set_key(copy.deepcopy(VALID), key, value)))
+    if key == "parameters" and "math" in line:
+        assert lines.pop(0) == "parameters.1.match: missing; it has no default"
+    assert lines == [line]
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    tree = copy.deepcopy(VALID)
+    del tree["optimizer"]["learning_rate"], tree["name"]
+    assert errors_of(write(tmp_path / "run.yaml", tree)) == [
+        "name: missing; it has no default",
+        "optimizer.learning_rate: missing; it has no default",
+    ]
+
+
+def test_three_mistakes_are_three_lines_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = copy.deepcopy(VALID)
+    for key, value in (
+        ("data.shards", 3),
+        ("optimizer.lerning_rate", 1),
+        ("parameters", [{"match": "a", "rate": "x"}]),
+    ):
+        set_key(tree, key, value)
+    path = write(tmp_path / "run.yaml", tree)
+    expected = [
+        f"{path}: data.shards: expected a list, found 3",
+        f"{path}: optimizer.lerning_rate: unknown key; did you mean optimizer.learning_rate?",
+        f'{path}: parameters.0.rate: expected a number or "frozen", found "x"',
+    ]
+    for command in ("check", "train"):
+        assert main([command, str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert [line.removeprefix("pivot: ") for line in err.splitlines()] == expected
+        assert not out
+
+
+def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = write(tmp_path / "wrong.yaml", VALID | {"seed": "x"})
+    assert main(["check", str(wrong), str(valid), str(tmp_path / "none.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"{valid}: ok"]
+    assert err.splitlines()[0] == f'{wrong}: seed: expected a whole number, found "x"'
+    assert "none.yaml: no such file" in err.splitlines()[1]
+    assert main(["check", str(valid)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "path"),
+    [
+        ("model.encoder.checkpoint", "c", "model.encoder"),
+        ("model.llm", {}, "model.llm"),
+        ("model.projector.hf", "p", "model.projector.hf"),
+        ("model.encoder.feature_layer", 3, "model.encoder.feature_layer"),
+        ("batch.micro_size", 0, "batch"),
+        ("batch.micro_size", 3, "batch.global_size"),
+        ("batch.steps", 5, "batch"),
+        ("batch.epochs", None, "batch"),
+        ("batch.epochs", -1, "batch.epochs"),
+        ("layout.tensor", 0, "layout.tensor"),
+        ("layout.first_stage_layers", 2, "layout.first_stage_layers"),
+        ("layout.overlap_parameter_gather", True, "layout.overlap_parameter_gather"),
+        ("optimizer.learning_rate", 0, "optimizer.learning_rate"),
+        ("optimizer.warmup_fraction", 1, "optimizer.warmup_fraction"),
+        ("parameters", [{"match": "a", "rate": 0}], "parameters.0.rate"),
+        ("objective.beta", 0, "objective.beta"),
+        ("objective.label_smoothing", 0.5, "objective.label_smoothing"),
+        ("data.too_long", "truncate", "data.too_long"),
+        ("data.shards", [], "data.shards"),
+        ("checkpoints.keep", 0, "checkpoints"),
+    ],
+)
+def test_a_rule_across_fields_is_one_line(tmp_path: Path, key: str, value: Any, path: str) -> None:
+    (line,) = errors_of(write(tmp_path / "run.yaml", set_key(copy.deepcopy(VALID), key, value)))
+    assert line.startswith(f"{path}: ")
+
+
+def test_what_is_dumped_loads_to_an_equal_config(tmp_path: Path, valid: Path) -> None:
+    for source in (valid, *sorted(RUNS.glob("*.yaml"))):
+        config = load_config(source)
+        again = tmp_path / "again.yaml"
+        again.write_text(dump_config(config))
+        assert load_config(again) == config
+
+
+def test_the_page_of_keys_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == document.page(), "run: make docs"
+
+
+def test_every_key_has_a_meaning_and_every_meaning_a_key() -> None:
+    explained = {
+        f"{owner.__name__}.{key.name}"
+        for key in all_keys()
+        for owner in key.owner.__mro__
+        if key.name in vars(owner).get("__annotations__", {})
+    }
+    assert explained == set(document._MEANINGS)
+
+
+def test_every_shipped_run_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = sorted(map(str, RUNS.glob("*.yaml")))
+    assert len(runs) >= 6
+    assert main(["check", *runs]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", sorted((ROOT / "configs" / "layout").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_layout_fits_every_shipped_run(tmp_path: Path, layout: Path) -> None:
+    for run in sorted(RUNS.glob("*.yaml")):
+        both = write(tmp_path / "run.yaml", {"base": [str(run), str(layout)]})
+        assert replace(load_config(both), layout=load_config(run).layout) == load_config(run)
+
+
+E = "encoder.*"
+PAPER = {
+    # stage: objective, shards, template, what does not train or trains slower, rate, epochs, where encoder and head start
+    "1a_align": (Sft(), "llava-558k", "plain", {E: "frozen", "llm.*": "frozen"}, 1e-3, 1, "hf", "hf"),
+    "1b_pretrain": (Sft(), "llava-onevision-single-image", "qwen_1_5", {E: 0.2}, 1e-5, 1, "1a_align", "1a_align"),
+    "2_dpo": (
+        Dpo(beta=0.1, label_smoothing=0.0, sft_weight=0.0),
+        "mmpr-20k",
+        "qwen_1_5",
+        {},
+        1e-6,
+        3,
+        "1b_pretrain",
+        "1b_pretrain",
+    ),
+    "2_sft": (Sft(), "mmpr-20k", "qwen_1_5", {}, 5e-6, 3, "1b_pretrain", "1b_pretrain"),
+    "3a_reassemble_align": (Sft(), "llava-558k", "plain", {E: "frozen", "llm.*": "frozen"}, 1e-3, 1, "2_dpo", "hf"),
+    "3b_reassemble_tune": (
+        Sft(),
+        "cambrian-737k",
+        "qwen_1_5",
+        {E: "frozen"},
+        1e-5,
+        1,
+        "3a_reassemble_align",
+        "3a_reassemble_align",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_a_stage_is_as_the_paper_has_it(stage: str) -> None:
+    objective, shards, template, rules, rate, epochs, encoder, head = PAPER[stage]
+    config = load_config(RUNS / f"{stage}.yaml")
+    assert (config.name, config.out) == (stage, Path("runs") / stage)
+    assert config.objective == objective
+    assert (config.data.shards, config.data.template) == ((Path("shards") / shards,), template)
+    assert {rule.match: rule.rate for rule in config.parameters} == rules
+    assert (config.optimizer.learning_rate, config.batch.epochs) == (rate, epochs)
+    assert source(config, "encoder") == encoder and source(config, "llm") == head
+    # A new head means a new projector.
+    assert source(config, "projector") == ("fresh" if head == "hf" else head)
+    assert (config.batch.global_size, config.data.sequence_length, config.seed) == (256, 2048, 777)
+    assert (config.optimizer.schedule, config.optimizer.warmup_fraction) == ("cosine", 0.03)
+    assert (config.optimizer.weight_decay, config.optimizer.minimum_learning_rate) == (0, 0)
+    assert (config.recompute.encoder, config.recompute.llm, config.precision.compute) == ("full", "full", "bf16")
+
+
+def source(config: RunConfig, part: str) -> str:
+    component = getattr(config.model, part)
+    if component.checkpoint is not None:
+        assert component.checkpoint.parent == Path("runs")
+        return str(component.checkpoint.name)
+    return "hf" if component.hf is not None else "fresh"
+
+
+def test_the_encoder_learns_at_2e_6_in_stage_1b() -> None:
+    config = load_config(RUNS / "1b_pretrain.yaml")
+    (rule,) = config.parameters
+    assert isinstance(rule.rate, float)
+    assert config.optimizer.learning_rate * rule.rate == pytest.approx(2e-6)
+
+
+def test_the_sft_control_differs_from_dpo_in_the_objective_and_its_rate_alone() -> None:
+    dpo, sft = (load_config(RUNS / f"{name}.yaml") for name in ("2_dpo", "2_sft"))
+    optimizer = replace(sft.optimizer, learning_rate=dpo.optimizer.learning_rate)
+    assert replace(sft, name=dpo.name, out=dpo.out, objective=dpo.objective, optimizer=optimizer) == dpo

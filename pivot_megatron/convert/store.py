@@ -8,6 +8,7 @@ step-000100/  metadata.json, *.distcp, common.pt   tensors, by global name
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, read_json
@@ -117,6 +119,9 @@ def save_state(state: dict[str, Any], out: Path, description: Description, dtype
         # megatron-core wants an empty folder for its own files and warns otherwise.
         (part / "tensors").mkdir()
     dist.barrier()
+    # Saving happens in this process, so its results need none of their own. The one that megatron-core would start takes
+    # seconds, and lives on for ever where a run is killed.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     options = accepted(dist_checkpointing.save, async_strategy="mcore")
     dist_checkpointing.save(state, str(part / "tensors"), content_metadata=content_metadata(), **options)
     dist.barrier()

@@ -10,25 +10,26 @@ from pivot_megatron.data.chat import SYSTEM
 from pivot_megatron.data.sample import Conversation
 from pivot_megatron.data.shards import ShardReader
 from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
-from pivot_megatron.recipe.demo_scale import DemoScale
+from pivot_megatron.recipe.demo_folder import Demo
 from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 _CORPUS_ROWS = 2000  # of captions and instructions each, for the tokenizer
 
 
-def make_data(data: Path, scale: DemoScale) -> None:
+def make_data(demo: Demo) -> None:
     """Captions, instructions, pairs and held-out pairs, each of a seed of its own, so that none shares an image."""
-    seed, size = scale.seed, scale.image_size
-    _once(data / "captions", lambda out: write_conversations(out, scale.captions, seed, size, "caption"))
-    _once(data / "instruct", lambda out: write_conversations(out, scale.instruct, seed + 1, size, "instruct"))
-    _once(data / "pairs", lambda out: write_pairs(out, scale.pairs, seed + 2, size))
-    _once(data / "held_out", lambda out: write_pairs(out, scale.held_out, seed + 3, size))
+    scale, size, seed = demo.scale, demo.scale.image_size, demo.scale.seed
+    _once(demo.data("captions"), lambda out: write_conversations(out, scale.captions, seed, size, "caption"))
+    _once(demo.data("instruct"), lambda out: write_conversations(out, scale.instruct, seed + 1, size, "instruct"))
+    _once(demo.data("pairs"), lambda out: write_pairs(out, scale.pairs, seed + 2, size))
+    _once(demo.data("held_out"), lambda out: write_pairs(out, scale.held_out, seed + 3, size))
 
 
-def make_checkpoints(folder: Path, data: Path, scale: DemoScale) -> None:
+def make_checkpoints(demo: Demo) -> None:
     """`encoder` (SigLIP) and `llm` (Qwen2.5, its tokenizer trained on the data's own text)."""
+    scale = demo.scale
     _once(
-        folder / "encoder",
+        demo.encoder,
         lambda out: make_encoder(
             out,
             image_size=scale.image_size,
@@ -40,9 +41,9 @@ def make_checkpoints(folder: Path, data: Path, scale: DemoScale) -> None:
             seed=scale.seed,
         ),
     )
-    tokenizer = make_tokenizer(_corpus(data), scale.vocabulary)
+    tokenizer = make_tokenizer(_corpus(demo), scale.vocabulary)
     _once(
-        folder / "llm",
+        demo.llm,
         lambda out: make_head(
             out,
             tokenizer,
@@ -57,9 +58,9 @@ def make_checkpoints(folder: Path, data: Path, scale: DemoScale) -> None:
     )
 
 
-def _corpus(data: Path) -> Iterator[str]:
+def _corpus(demo: Demo) -> Iterator[str]:
     for name in ("captions", "instruct"):
-        reader = ShardReader(data / name)
+        reader = ShardReader(demo.data(name))
         for position in range(min(_CORPUS_ROWS, len(reader))):
             sample = reader.read(position)
             if isinstance(sample, Conversation):

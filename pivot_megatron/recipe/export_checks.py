@@ -128,7 +128,8 @@ def count_changed(folder: Path, starts: Sequence[Path]) -> tuple[list[str], list
         source = HfTensors(start)
         known |= {_bare(name): (source, name) for name in source.names()}
     export = HfTensors(folder)
-    changed, unchanged = [], []
+    changed: list[str] = []
+    unchanged: list[str] = []
     for name in export.names():
         same = _bare(name) in known and _equal(export.read(name), known[_bare(name)])
         (unchanged if same else changed).append(name)

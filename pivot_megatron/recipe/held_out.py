@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +79,12 @@ def blind_answers(known: Iterable[tuple[str, str]], asked: Sequence[str]) -> lis
 
     `known`: (question, label) of training samples. A question that is not among them gets the label most frequent of all.
     """
-    labels: Mapping[str, Counter[str]] = defaultdict(Counter)
+    labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for question, label in known:
         labels[question][label] += 1
         overall[label] += 1
-    return [_most_common(labels[question] if question in labels else overall) for question in asked]
+    return [_most_common(labels.get(question, overall)) for question in asked]
 
 
 def _most_common(counts: Counter[str]) -> str:

@@ -54,13 +54,14 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out question with every model's answer. The image is a PNG in base64."""
+    """One held-out question with every model's answer. The image is a PNG in base64; `right` names the models that are."""
 
     task: str
     image_png_base64: str
     question: str
     truth: str
     answers: Mapping[str, str]
+    right: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ from pivot_megatron.objective.build import build_objective
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
 from pivot_megatron.train.step import train_step
 
+NOTHING_AGAIN = Recompute()
+
 
 def architecture(encoder: Path, head: Path, feature_layer: int = -2) -> Architecture:
     def config(folder: Path) -> dict[str, Any]:
@@ -61,9 +63,11 @@ def architecture(encoder: Path, head: Path, feature_layer: int = -2) -> Architec
     )
 
 
-def loaded_model(layout: Layout, encoder: Path, head: Path) -> VisionLanguageModel:
+def loaded_model(
+    layout: Layout, encoder: Path, head: Path, recompute: Recompute = NOTHING_AGAIN
+) -> VisionLanguageModel:
     arch = architecture(encoder, head)
-    model = build_model(arch, layout, Precision("fp32"), Recompute())
+    model = build_model(arch, layout, Precision("fp32"), recompute)
     load_component(model, "encoder", hf_source(arch, "encoder", encoder))
     load_component(model, "llm", hf_source(arch, "llm", head))
     load_component(model, "projector", FreshParts(hf_shapes(model, "projector"), seed=5))
@@ -184,10 +188,11 @@ def train_steps(
     objective: Sft | Dpo,
     steps: int,
     rules: tuple[ParameterRule, ...] = (),
+    recompute: Recompute = NOTHING_AGAIN,
 ) -> dict[str, Any]:
     """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors."""
     config = run_config(layout, encoder, head, objective, rules)
-    model = loaded_model(layout, encoder, head)
+    model = loaded_model(layout, encoder, head, recompute)
     judge = build_objective(objective)
     reference = loaded_model(layout, encoder, head).eval().requires_grad_(False) if judge.needs_reference else None
     apply_rules(model, config.parameters)

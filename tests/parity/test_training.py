@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivot_megatron.config.schema import Dpo, Layout, Sft
+from pivot_megatron.config.schema import Dpo, Layout, ParameterRule, Recompute, Sft
 from pivot_megatron.data.tokens import Tokenized
 from tests import matrix
 from tests.harness import Workers
@@ -63,10 +63,16 @@ def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo) ->
     return total / count, count
 
 
-def reference_training(encoder: Path, head: Path, objective: Sft | Dpo) -> dict[str, Any]:
+def reference_training(
+    encoder: Path, head: Path, objective: Sft | Dpo, trainable: tuple[str, ...] = ("",)
+) -> dict[str, Any]:
+    """`trainable`: prefixes of hub names."""
     parts = projector_parts(encoder, head)
     model, frozen = Reference(encoder, head, parts), Reference(encoder, head, parts)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = hub_name(name).startswith(trainable)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0)
     gradients: dict[str, Tensor] = {}
     losses, norms = [], []
     for _ in range(STEPS):
@@ -75,7 +81,7 @@ def reference_training(encoder: Path, head: Path, objective: Sft | Dpo) -> dict[
         loss.backward()
         if not gradients:
             gradients = {hub_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), jobs.CLIP)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learning, jobs.CLIP)))
         optimizer.step()
         losses.append(float(loss))
     weights = {hub_name(n): p.detach() for n, p in model.named_parameters()}
@@ -107,13 +113,17 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, s
     return max((float((found[n] - t).abs().max() / max(float(t.abs().max()), floor)), n) for n, t in wanted.items())
 
 
-def check(results: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+def check(
+    results: list[dict[str, Any]],
+    wanted: dict[str, Any],
+    learns: tuple[str, ...] = ("vision_model.", "multi_modal_projector.", "model."),
+) -> None:
     for result in results:
         trained = {n: t for n, t in wanted["weights"].items() if n in result["weights"]}
         # All but what stands past the feature layer, and the tied copy of the embedding.
         assert len(trained) == len(result["weights"])
         gradients = {n: t for n, t in wanted["gradients"].items() if n in trained}
-        for prefix in ("vision_model.", "multi_modal_projector.", "model."):
+        for prefix in learns:
             assert any(n.startswith(prefix) and t.abs().max() > 0 for n, t in gradients.items())
         assert worst(result["gradients"], gradients) <= (TOLERANCE, "~")
         assert worst(result["weights"], trained) <= (TOLERANCE, "~")
@@ -141,6 +151,42 @@ def test_other_objectives_equal_plain_torch(name, layout, world, workers: Worker
 
 def one_branch(pair: Tokenized) -> Tokenized:
     return Tokenized(pair.key, pair.prefix, pair.branches[:1], pair.image_at, pair.image_tokens)
+
+
+STAGES = {
+    "projector-only": (
+        (ParameterRule("encoder.*", "frozen"), ParameterRule("llm.*", "frozen")),
+        ("multi_modal_projector.",),
+    ),
+    "encoder-frozen": ((ParameterRule("encoder.*", "frozen"),), ("multi_modal_projector.", "model.")),
+    "encoder-only": (
+        (ParameterRule("llm.*", "frozen"), ParameterRule("projector.*", "frozen")),
+        ("vision_model.",),
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.DP2_OVERLAP)
+def test_partly_frozen_models_equal_plain_torch(stage, layout, world, workers: Workers, checkpoints) -> None:
+    """Also where a pipeline stage, or a whole rank, has nothing that trains."""
+    rules, learns = STAGES[stage]
+    objective = OBJECTIVES["dpo"]
+    wanted = reference_training(*checkpoints, objective, learns)
+    batches = shares(layout, world)
+    recompute = Recompute(encoder="full", llm="full")
+    results = workers.run(jobs.train_steps, layout, world, *checkpoints, batches, objective, STEPS, rules, recompute)
+    check(results, wanted, learns)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@matrix.layouts(matrix.SINGLE, matrix.TP2)
+def test_recompute_changes_nothing(mode, layout, world, workers: Workers, checkpoints) -> None:
+    arguments = (*checkpoints, shares(layout, world), OBJECTIVES["dpo"], 1, ())
+    plain = workers.run(jobs.train_steps, layout, world, *arguments)[0]["gradients"]
+    again = workers.run(jobs.train_steps, layout, world, *arguments, Recompute(encoder=mode, llm=mode))[0]["gradients"]
+    # Selective recompute repeats the very same sums; full recompute adds up residual gradients in another order.
+    assert worst(again, plain) <= (0.0 if mode == "selective" else 2e-6, "~")
 
 
 def test_reference_clips(expected) -> None:

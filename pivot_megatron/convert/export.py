@@ -147,7 +147,7 @@ def image_token_and_processor(description: Description, out: Path) -> int:
     arch = description.architecture()
     tokenizer = AutoTokenizer.from_pretrained(description.llm, local_files_only=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    token = int(tokenizer.convert_tokens_to_ids("<image>"))
+    token: int = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[assignment]
     if token >= arch.head.vocabulary:
         raise UserError(
             f"{description.llm}: the tokenizer uses all {arch.head.vocabulary} rows of the embedding, so no id is free for "

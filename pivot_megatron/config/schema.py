@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 class Strict:
     """An unknown key is an error; a number written as text (`1e-5` is text to YAML) is a number."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Conversation, Pair, Sample, Turn
+from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Pair, Sample, Turn
 
 SYSTEM = "You are a helpful assistant."
 
@@ -89,20 +89,17 @@ def _with_image_mark(turns: Sequence[Turn], has_image: bool, key: str) -> tuple[
     return tuple(turns)
 
 
-def render(sample: Sample, template: Template, branches: int) -> Rendered:
-    """`branches` 2: the chosen and the rejected answer of a pair. 1: the chosen one, or a conversation.
+def render(sample: Sample, template: Template) -> Rendered:
+    """Two branches for a pair, chosen and rejected; one for a conversation.
 
-    Raises BadSample for a conversation where a pair is needed, or for an image mark past the first answer.
+    Raises BadSample for an image mark past the first answer.
     """
     has_image = sample.image is not None
     if isinstance(sample, Pair):
         question = _with_image_mark((Turn("user", sample.question),), has_image, sample.key)
-        answers = (sample.chosen, sample.rejected)[:branches]
-        spans = [template((*question, Turn("assistant", answer))) for answer in answers]
-    elif isinstance(sample, Conversation) and branches == 1:
-        spans = [template(_with_image_mark(sample.turns, has_image, sample.key))]
+        spans = [template((*question, Turn("assistant", answer))) for answer in (sample.chosen, sample.rejected)]
     else:
-        raise BadSample(sample.key, "not_a_pair", "DPO needs question, chosen and rejected; found a conversation")
+        spans = [template(_with_image_mark(sample.turns, has_image, sample.key))]
     answer_at = next(i for i, span in enumerate(spans[0]) if span.loss)
     prefix = "".join(span.text for span in spans[0][:answer_at])
     return Rendered(prefix, tuple(_trimmed(branch[answer_at:]) for branch in spans))

@@ -51,7 +51,8 @@ def template_by_name(name: Literal["qwen_1_5", "plain", "tokenizer"], tokenizer:
 class SampleTokenizer:
     """Tokenizes prefix and answers apart, as LLaVA and TRL do, so that no merge crosses from one into the other.
 
-    `sequence_length` bounds prefix + branch, image tokens counted. `branches`: 2 for pairs, 1 for one answer.
+    `sequence_length` bounds prefix + branch, image tokens counted. `branches`: how many answers of a sample are trained on,
+    2 for DPO, 1 (the first) otherwise.
     """
 
     tokenizer: Tokenizer
@@ -70,14 +71,19 @@ class SampleTokenizer:
 
     def __call__(self, sample: Sample) -> Tokenized:
         """Raises DoesNotFit for a sample that is too long, BadSample for one that is wrong."""
-        rendered = render(sample, self.template, self.branches)
+        rendered = render(sample, self.template)
+        if len(rendered.branches) < self.branches:
+            raise BadSample(sample.key, "not_a_pair", "DPO needs question, chosen and rejected; found a conversation")
         prefix, image_at = self._prefix(rendered)
         if not prefix:
             raise BadSample(
                 sample.key, "empty_prompt", "nothing stands before the answer to predict its first token from"
             )
+        # Both answers of a pair must fit, also where one is trained on: a control run sees the same pairs as DPO.
         branches = tuple(self._branch(sample.key, rendered, i, len(prefix)) for i in range(len(rendered.branches)))
-        return Tokenized(sample.key, prefix, branches, image_at, self.image_tokens if image_at is not None else 0)
+        return Tokenized(
+            sample.key, prefix, branches[: self.branches], image_at, self.image_tokens if image_at is not None else 0
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -100,7 +106,7 @@ class SampleTokenizer:
         if room < 1:
             raise DoesNotFit(key, "prompt_too_long", f"prompt takes {prefix_length} tokens of {self.sequence_length}")
         if len(ids) > room and self.too_long == "drop":
-            name = ("chosen", "rejected")[index] if self.branches == 2 else "answer"
+            name = ("chosen", "rejected")[index] if len(rendered.branches) == 2 else "answer"
             raise DoesNotFit(
                 key, f"{name}_too_long", f"prompt and {name} take {prefix_length + len(ids)} of {self.sequence_length}"
             )

@@ -5,7 +5,7 @@ A plain torch form that is exact on every device. Segments are gathered into row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,15 +57,17 @@ class ImageSegments(Segments):
 class AnswerSegments(Segments):
     """`rows`, `visible` and `places` as in PackedBatch: a row a sample, in which branches see the prefix and themselves."""
 
-    rows: Tensor | None = None
-    visible: Tensor | None = None
-    places: Tensor | None = None
+    rows: Tensor = field(default_factory=torch.Tensor)
+    visible: Tensor = field(default_factory=torch.Tensor)
+    places: Tensor = field(default_factory=torch.Tensor)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        return x[self.rows].transpose(1, 2)
+        # index_select: its backward adds rows up in a third less time than that of x[rows].
+        picked = x.index_select(0, self.rows.flatten())
+        return picked.view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
 
     def from_rows(self, x: Tensor, tokens: int) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1)[self.places]
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
     @property
     def mask(self) -> Tensor | None:

@@ -37,8 +37,9 @@ def work(demo: Demo) -> DemoReport:
     checks: list[Found] = phases.run("exports", lambda: _exports(demo))
     judged: dict[str, Found] = {model: phases.run(f"answers {model}", partial(_judge, demo, model)) for model in MODELS}
     probes: list[Found] = phases.run("probes", lambda: _probes(demo))
-    judged[BLIND] = phases.run("blind answers", lambda: _blind(demo))
-    return _report(demo, phases.seconds, judged, probes, [*checks, *(judged[model]["check"] for model in MODELS)])
+    blind: Found = phases.run("blind answers", lambda: _blind(demo))
+    checks = [*checks, *(judged[model]["check"] for model in MODELS)]
+    return _report(demo, phases.seconds, {BLIND: blind, **judged}, probes, checks)
 
 
 def _exports(demo: Demo) -> list[Found]:

@@ -25,7 +25,7 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class PreferenceScore:
-    """How many held-out pairs of one task a model ranks right, and its mean reward margin (chosen less rejected)."""
+    """How many held-out pairs of one task a model ranks right, and its mean margin: nats, chosen less rejected."""
 
     model: str
     task: str
@@ -66,10 +66,11 @@ class Example:
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """One exported encoder, read back by plain transformers.
+    """One exported encoder or whole model, read back by plain transformers.
 
-    `max_difference` is the largest absolute difference between its features and those of the model it came from.
-    Tensors are counted against the checkpoint that training started from.
+    `max_difference` is the largest absolute difference between an encoder's features, or a whole model's log-probs of
+    answers (nats), and those of the model it came from. Tensors are counted against the checkpoints that everything
+    started from; `loaded`: none was missing or left over.
     """
 
     name: str

@@ -90,7 +90,6 @@ def _page(report: DemoReport) -> dict[str, Any]:
         "folded_names": list(dict.fromkeys(name for panel in folded for name, *_ in panel.legend)),
         "total_seconds": sum(report.seconds.values()),
         "duration": _duration,
-        "same": lambda answer, truth: answer.strip().casefold() == truth.strip().casefold(),
     }
 
 

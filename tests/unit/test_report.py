@@ -52,7 +52,7 @@ REPORT = DemoReport(
     ],
     preference=[PreferenceScore("sft", "colour", 55, 90, -0.125), PreferenceScore("dpo", "colour", 57, 90, 1.625)],
     probes=[probe("init", 400), probe("sft", 410), probe("dpo", 300)],
-    examples=[Example("colour", PIXEL, "Which colour is <b>it</b>?", "Red", {"sft": "blue", "dpo": " red"})],
+    examples=[Example("colour", PIXEL, "Which colour is <b>it</b>?", "Red", {"sft": "blue", "dpo": " red"}, ["dpo"])],
     exports=[ExportCheck("dpo", "out/export/dpo", False, 4.8e-7, 3, 51)],
 )
 

@@ -57,7 +57,7 @@ def test_plain_template_keeps_the_image_and_the_caption() -> None:
 
 @pytest.mark.parametrize("question", ["What is it?", "<image>\nWhat is it?"])
 def test_image_mark_is_added_once(question: str) -> None:
-    rendered = render(pair(question), qwen_1_5, branches=2)
+    rendered = render(pair(question), qwen_1_5)
     assert rendered.prefix.count("<image>\nWhat is it?") == 1
     assert [[s.text for s in b] for b in rendered.branches] == [["A cat.<|im_end|>"], ["A dog.<|im_end|>"]]
 
@@ -99,6 +99,11 @@ def test_too_long_is_named(tokenizer: Any, sample: Pair, reason: str) -> None:
     with pytest.raises(DoesNotFit) as caught:
         make(tokenizer, length=120)(sample)
     assert (caught.value.key, caught.value.reason) == ("k", reason)
+
+
+def test_the_control_drops_what_dpo_drops(tokenizer: Any) -> None:
+    with pytest.raises(DoesNotFit, match="rejected_too_long"):
+        make(tokenizer, length=120, branches=1)(pair(rejected="word " * 80))
 
 
 def test_truncation_cuts_the_answer_and_nothing_else(tokenizer: Any) -> None:

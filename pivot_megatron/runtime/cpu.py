@@ -129,13 +129,12 @@ def _patch_rng_tracker() -> None:
 
 
 def _patch_adam() -> None:
-    """torch's AdamW keeps `step` per parameter; the distributed optimizer saves and loads it per group, as FusedAdam does."""
+    """torch's AdamW keeps `step` per parameter; the distributed optimizer saves and loads it per group, as FusedAdam does.
+    Where TE or apex is installed all the same (a cluster's image on a login node), their FusedAdam would want CUDA."""
     from pivot_megatron.runtime.adam import GroupStepAdam
 
     optimizer: Any = importlib.import_module("megatron.core.optimizer")
     distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
-        return
     optimizer.Adam = distributed.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

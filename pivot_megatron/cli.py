@@ -16,7 +16,7 @@ from pivot_megatron.quiet import quiet
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed while running, 2 the input or config is wrong."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: a name that is no folder must not become a download
     if not args.debug:
         quiet()
@@ -28,12 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"pivot: {line}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except RuntimeError as error:
+        if args.debug or not _peer_was_lost(error):
+            raise
+        print("pivot: another process of this run ended; its own message says why", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("pivot: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand on either side of options, which argparse alone does not allow."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +122,11 @@ def _add_data(verb: Any, verbs: Any) -> None:
     p.add_argument("--samples", type=int, default=3, help="samples to show (default: 3)")
 
 
+def _peer_was_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process at its other end is gone, as gloo and NCCL word it."""
+    return any(words in str(error) for words in ("gloo", "Connection closed by peer", "NCCL", "Connection reset"))
+
+
 def _demo(args: argparse.Namespace) -> int:
     from pivot_megatron.recipe.demo import run_demo
 
@@ -137,7 +158,8 @@ def _train(args: argparse.Namespace) -> int:
 
         processes = args.processes or default_processes(config.layout)
         if processes > 1:
-            return launch(processes, ["train", str(args.config), *args.overrides])
+            debug = ["--debug"] if args.debug else []
+            return launch(processes, ["train", *debug, str(args.config), *args.overrides])
     elif args.processes:
         raise UserError(
             "--processes: this process was started by a launcher, which says how many there are; leave it out"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pivot_megatron.runtime  # noqa: F401  (prepares megatron-core before any job imports it)
@@ -60,17 +61,23 @@ class Workers:
         pipes = [pipe for _, pipe in self._workers[:world]]
         for pipe in pipes:
             pipe.send((world, port, job, layout, args))
-        results = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(timeout):
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < world:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} of {job.__name__} at {layout} did not answer in {timeout} s")
-            done, value = pipe.recv()
-            if not done:
-                self.close()  # the other ranks wait in a collective that this one left
-                raise AssertionError(f"rank {rank} of {job.__name__} at {layout}:\n{value}")
-            results.append(value)
-        return results
+                raise TimeoutError(
+                    f"{job.__name__} at {layout}: {len(waiting)} of {world} ranks silent for {timeout} s"
+                )
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                done, results[rank] = pipe.recv()
+                if not done:
+                    self.close()  # the other ranks wait in a collective that this one left
+                    raise AssertionError(f"rank {rank} of {job.__name__} at {layout}:\n{results[rank]}")
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process, _ in self._workers:

@@ -69,6 +69,13 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.learning_rate <= 0:
         yield f"optimizer.learning_rate: must be positive, found {optimizer.learning_rate}"
+    if not 0 <= optimizer.minimum_learning_rate <= optimizer.learning_rate:
+        yield (
+            f"optimizer.minimum_learning_rate: must be between 0 and learning_rate {optimizer.learning_rate}, "
+            f"found {optimizer.minimum_learning_rate}"
+        )
+    if config.seed < 0:
+        yield f"seed: must not be negative, found {config.seed}"
     if not 0 <= optimizer.warmup_fraction < 1:
         yield f"optimizer.warmup_fraction: must be in [0, 1), found {optimizer.warmup_fraction}"
     for i, rule in enumerate(config.parameters):

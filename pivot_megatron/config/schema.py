@@ -113,6 +113,7 @@ class Batch(Strict):
 class Layout(Strict):
     """Parallelism. Data parallelism is what the number of processes leaves. Sequence parallelism goes with tensor > 1.
 
+    `overlap_bucket_size`: parameters that are reduced or gathered together where that overlaps; null lets megatron-core choose.
     `first_stage_layers` / `last_stage_layers`: LLM layers on those pipeline stages, where the encoder (first) or the
     output layer (last) make an even split uneven in time.
     """
@@ -123,6 +124,7 @@ class Layout(Strict):
     last_stage_layers: int | None = None
     overlap_gradient_reduce: bool = False
     overlap_parameter_gather: bool = False
+    overlap_bucket_size: int | None = None
 
     @property
     def model_parallel_size(self) -> int:

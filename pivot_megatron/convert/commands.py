@@ -39,7 +39,7 @@ from pivot_megatron.runtime.distributed import process_groups
 def whole_model(description: Description) -> Iterator[VisionLanguageModel]:
     """The whole model in this process, fp32: every stored dtype (bf16, fp16, fp32) passes through it unchanged."""
     arch = description.architecture()
-    check_layout_fits(arch, tensor=1, pipeline=1)
+    check_layout_fits(arch, Layout())
     with process_groups(Layout(), seed=0):
         yield build_model(arch, Layout(), Precision("fp32"), Recompute())
 

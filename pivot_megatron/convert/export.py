@@ -12,6 +12,7 @@ from torch import Tensor
 from pivot_megatron.convert.hf import PROCESSOR, HfTensors, read_json
 from pivot_megatron.convert.plan import component_rows
 from pivot_megatron.convert.store import Description
+from pivot_megatron.data.chat import QWEN_1_5_JINJA
 from pivot_megatron.errors import UserError
 from pivot_megatron.families import siglip
 from pivot_megatron.model.composition import Architecture
@@ -153,6 +154,8 @@ def image_token_and_processor(description: Description, out: Path) -> int:
             f"{description.llm}: the tokenizer uses all {arch.head.vocabulary} rows of the embedding, so no id is free for "
             "<image>; add a row to the head before training"
         )
+    if description.template != "tokenizer":
+        tokenizer.chat_template = QWEN_1_5_JINJA  # Qwen2.5's own would put another system prompt in front
     processor = LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(description.encoder, local_files_only=True),
         tokenizer=tokenizer,

@@ -16,7 +16,7 @@ from pivot_megatron.model.composition import VisionLanguageModel
 def hf_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     """Every Hugging Face tensor of every component, on the host. Collective: all ranks call it, each gets all tensors.
 
-    Needs host memory for the whole model on every rank; a model larger than that is exported from its checkpoint.
+    Needs host memory for the whole model on every rank.
     """
     rows = rows_by_parameter(model.arch)
     group = parallel_state.get_tensor_model_parallel_group()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pivot_megatron.config.schema import Layout
 from pivot_megatron.convert.hf import HfTensors
 from pivot_megatron.convert.plan import Slice, rows_by_parameter, slice_for
 from pivot_megatron.errors import UserError
@@ -128,7 +128,7 @@ def _shard(row: Row, source: Source, rank: int, size: int) -> Tensor:
     return row.transform.fuse(parts)
 
 
-def check_layout_fits(arch: Architecture, tensor: int, pipeline: int) -> None:
+def check_layout_fits(arch: Architecture, layout: Layout) -> None:
     """Raises UserError with every reason why `arch` cannot be split so."""
     uneven = [
         f"{what} ({count})"
@@ -139,18 +139,19 @@ def check_layout_fits(arch: Architecture, tensor: int, pipeline: int) -> None:
             ("LLM key-value groups", arch.head.groups),
             ("LLM FFN width", arch.head.ffn),
         )
-        if count % tensor
+        if count % layout.tensor
     ]
     if uneven:
-        raise UserError(f"layout.tensor: {', '.join(uneven)} must divide by it, found {tensor}")
-    if pipeline > arch.head.layers:
-        raise UserError(f"layout.pipeline: at most one stage an LLM layer ({arch.head.layers}), found {pipeline}")
+        raise UserError(f"layout.tensor: {', '.join(uneven)} must divide by it, found {layout.tensor}")
+    stated = [n for n in (layout.first_stage_layers, layout.last_stage_layers) if n is not None]
+    rest, stages = arch.head.layers - sum(stated), layout.pipeline - len(stated)
+    if (stages and (rest % stages or rest < stages)) or (not stages and rest) or any(n < 1 for n in stated):
+        raise UserError(
+            f"layout.pipeline: the LLM's {arch.head.layers} layers do not fall evenly on {layout.pipeline} stages with "
+            f"first_stage_layers {layout.first_stage_layers} and last_stage_layers {layout.last_stage_layers}: "
+            f"{rest} layers would be left for {stages} stages; every stage needs one at least"
+        )
     if not 0 < arch.encoder_layers <= arch.encoder.layers:
         raise UserError(
             f"model.encoder.feature_layer: the encoder has {arch.encoder.layers} layers, found {arch.feature_layer}"
         )
-
-
-def pipeline_owner() -> bool:
-    """True on the one data-parallel replica that speaks for its pipeline and tensor coordinates."""
-    return bool(parallel_state.get_data_parallel_rank() == 0)

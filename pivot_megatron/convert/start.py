@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pivot_megatron.config.schema import Component, Model
 from pivot_megatron.convert.load import FreshParts, hf_shapes, hf_source, load_component
@@ -25,6 +28,32 @@ def _hf_folder(component: Component, name: str) -> Path:
 def describe_start(model: Model) -> Description:
     """The Hugging Face folders that describe what `model` asks for."""
     return Description(_hf_folder(model.encoder, "encoder"), _hf_folder(model.llm, "llm"), model.encoder.feature_layer)
+
+
+def pinned(model: Model) -> Model:
+    """`model` with each `checkpoint:` resolved to the one checkpoint it means now."""
+    return with_checkpoints(
+        model,
+        {
+            name: str(resolve_checkpoint(component.checkpoint).resolve())
+            for name in COMPONENTS
+            if (component := getattr(model, name)).checkpoint is not None
+        },
+    )
+
+
+def with_checkpoints(model: Model, checkpoints: Mapping[str, str]) -> Model:
+    """`model` with components beginning from these checkpoints. Raises UserError if one is gone."""
+    changed: dict[str, Any] = {}
+    for name, path in checkpoints.items():
+        if not (Path(path) / "model.json").exists():
+            raise UserError(f"model.{name}.checkpoint: this run began from {path}, which is gone; restore it to go on")
+        changed[name] = dataclasses.replace(getattr(model, name), checkpoint=Path(path))
+    return dataclasses.replace(model, **changed)
+
+
+def checkpoints_of(model: Model) -> dict[str, str]:
+    return {name: str(c.checkpoint) for name in COMPONENTS if (c := getattr(model, name)).checkpoint is not None}
 
 
 def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
@@ -51,8 +80,8 @@ def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None
     expected, found = wanted[name]
     if expected != found:
         raise UserError(f"model.{name}.checkpoint: {checkpoint}: expected {expected}, found {found}")
-    if name == "encoder" and ours.encoder_layers > theirs.encoder_layers:
+    if name == "encoder" and ours.feature_layer != theirs.feature_layer:
         raise UserError(
-            f"model.encoder.feature_layer: {checkpoint} holds {theirs.encoder_layers} of {theirs.encoder.layers} encoder "
-            f"layers, feature_layer {ours.feature_layer} needs {ours.encoder_layers}"
+            f"model.encoder.feature_layer: {checkpoint} was trained with {theirs.feature_layer} and holds no layer past it, "
+            f"found {ours.feature_layer}; set it to {theirs.feature_layer}"
         )

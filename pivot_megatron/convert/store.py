@@ -35,11 +35,13 @@ _STEP = re.compile(r"step-(\d+)$")
 
 @dataclass(frozen=True)
 class Description:
-    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`."""
+    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`. `template`: the chat
+    template that it was trained with last."""
 
     encoder: Path
     llm: Path
     feature_layer: int
+    template: str = "qwen_1_5"
 
     def architecture(self) -> Architecture:
         return Architecture(
@@ -60,7 +62,16 @@ class Description:
                 if (source / file).exists():
                     shutil.copyfile(source / file, target / file)
         (checkpoint / "model.json").write_text(
-            json.dumps({"format": FORMAT, "feature_layer": self.feature_layer, "dtype": _name(dtype)}, indent=2) + "\n"
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "feature_layer": self.feature_layer,
+                    "template": self.template,
+                    "dtype": _name(dtype),
+                },
+                indent=2,
+            )
+            + "\n"
         )
 
 
@@ -79,7 +90,9 @@ def describe(checkpoint: Path) -> Description:
     facts = read_json(checkpoint / "model.json")
     if facts.get("format") != FORMAT:
         raise UserError(f"{checkpoint}: checkpoint format {facts.get('format')}, this version reads {FORMAT}")
-    return Description(checkpoint / "hf" / "encoder", checkpoint / "hf" / "llm", facts["feature_layer"])
+    return Description(
+        checkpoint / "hf" / "encoder", checkpoint / "hf" / "llm", facts["feature_layer"], facts["template"]
+    )
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -157,6 +170,7 @@ def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str) -
     }
     # megatron-core's load is collective: a stage without the component joins with nothing of its own.
     loaded = load_state({"model": wanted}, checkpoint)
-    missing = [n for n in model.load_state_dict(loaded["model"], strict=False).missing_keys if n in wanted]
+    found = loaded.get("model", {})
+    missing = [n for n in model.load_state_dict(found, strict=False).missing_keys if n in wanted]
     if missing:
         raise UserError(f"{checkpoint}: expected {component} tensors, found no {missing[0]} ({len(missing)} missing)")

@@ -24,6 +24,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: expected a tokenizer, found none that loads ({str(error).splitlines()[0]})"
         ) from None
     loaded: Tokenizer = tokenizer
+    # A fast tokenizer settles its padding and truncation at the first call, which must not happen in two threads at once.
+    loaded.encode("first", add_special_tokens=False)
     return loaded
 
 
@@ -31,6 +33,7 @@ def build_loader(
     config: RunConfig,
     encoder_folder: Path,
     llm_folder: Path,
+    image_size: int,
     image_tokens: int,
     branches: int,
     rank: int,
@@ -46,6 +49,11 @@ def build_loader(
         )
     tokenizer = load_tokenizer(llm_folder)
     transform = ImageTransform.from_processor_folder(encoder_folder)
+    if transform.image_size != image_size:
+        raise UserError(
+            f"{encoder_folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "
+            f"{image_size}; make them agree"
+        )
     tokenize = SampleTokenizer(
         tokenizer=tokenizer,
         template=template_by_name(config.data.template, tokenizer),

@@ -7,8 +7,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Pair, Sample, Turn
+from pivot_megatron.errors import UserError
 
 SYSTEM = "You are a helpful assistant."
+# What `qwen_1_5` writes, for those who load an export: content is text, or LLaVA's list of text and images.
+QWEN_1_5_JINJA = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['content'] is string %}{{- message['content'] }}{%- else %}"
+    "{%- for part in message['content'] if part['type'] == 'image' %}{{- '<image>\\n' }}{%- endfor %}"
+    "{%- for part in message['content'] if part['type'] == 'text' %}{{- part['text'] }}{%- endfor %}"
+    "{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,9 @@ def from_tokenizer(tokenizer: ChatTokenizer) -> Template:
             messages = [{"role": t.role, "content": t.text} for t in turns[: i + 1]]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turn.role == "user")
             if not text.startswith(done):
-                raise ValueError(
-                    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart"
+                raise UserError(
+                    "data.template: the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart; "
+                    "use qwen_1_5"
                 )
             added = text.removeprefix(done)
             if turn.role == "user":
@@ -84,7 +101,7 @@ def _with_image_mark(turns: Sequence[Turn], has_image: bool, key: str) -> tuple[
     marked = [i for i, turn in enumerate(turns) if IMAGE_MARK in turn.text]
     if has_image and not marked:
         return (Turn(turns[0].role, f"{IMAGE_MARK}\n{turns[0].text}"), *turns[1:])
-    if any(marked):
+    if any(place > 0 for place in marked):
         raise BadSample(key, "misplaced_image_mark", f"{IMAGE_MARK} must stand before the first answer")
     return tuple(turns)
 

@@ -48,7 +48,7 @@ Sample = Pair | Conversation
 
 
 class BadSample(Exception):
-    """A row that cannot be trained on. The loader counts these by `reason` and goes on.
+    """A row that cannot be trained on. The loader stops at it and names it.
 
     Attributes: `key`, the sample's key; `reason`, a short snake_case category; `detail`, one line for a person.
     """

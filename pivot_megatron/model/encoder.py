@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.attention import ImageSegments, one_sequence
+from pivot_megatron.model.freeze import reaching
 from pivot_megatron.model.specs import full_block
 
 
@@ -31,16 +32,19 @@ class VisionEncoder(MegatronModule):
             3, arch.hidden, kernel_size=arch.patch_size, stride=arch.patch_size, dtype=dtype
         )
         self.position_embedding = torch.nn.Embedding(arch.tokens, arch.hidden, dtype=dtype)
+        self.register_buffer("_places", torch.arange(arch.tokens), persistent=False)
         self.decoder = TransformerBlock(config, full_block(config.num_layers), pre_process=True, post_process=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
-        hidden = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        # Called as a module, so that a parameter gather that overlaps is waited for.
+        hidden = patches.flatten(2).transpose(1, 2) + self.position_embedding(self._places)
         images, length, width = hidden.shape
         hidden = hidden.reshape(images * length, 1, width)
         hidden = pad(hidden, (0, 0, 0, 0, 0, -hidden.shape[0] % self._multiple))
         segments = ImageSegments(images=images, length=length, **one_sequence(hidden.shape[0], hidden.device))
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
+        hidden = reaching(hidden, self.decoder)
         out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=segments)
         return out

@@ -6,10 +6,24 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from pivot_megatron.config.schema import ParameterRule
 from pivot_megatron.errors import UserError
 
 Rate = float | Literal["frozen"]
+
+
+def reaching(hidden: Tensor, block: torch.nn.Module) -> Tensor:
+    """`hidden`, so that gradients reach what trains in `block` under full recompute.
+
+    A checkpointed layer whose input needs no gradient gives an output that needs none, and what trains inside gets nothing:
+    so it is where everything before it is frozen.
+    """
+    if hidden.requires_grad or not torch.is_grad_enabled() or not any(p.requires_grad for p in block.parameters()):
+        return hidden
+    return hidden.detach().requires_grad_()
 
 
 def rate_of(name: str, rules: Sequence[ParameterRule]) -> Rate:

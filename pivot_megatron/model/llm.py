@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.families.architecture import HeadArchitecture
 from pivot_megatron.model.attention import AnswerSegments, one_sequence
-from pivot_megatron.model.logprobs import target_logprobs
+from pivot_megatron.model.freeze import reaching
+from pivot_megatron.model.logprobs import target_logprobs, without_padding_rows
 from pivot_megatron.model.specs import causal_block
 
 
@@ -34,6 +35,10 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
         )
         self.arch = arch
+        if post_process:
+            # Hidden states are gathered before answers are picked from them, so the output layer sees whole sequences.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[T]` token ids to `[T, 1, hidden]`, whole on every tensor-parallel rank."""
@@ -48,9 +53,9 @@ class LanguageModel(GPTModel):
         hidden = self.hidden_states(embeddings, batch)
         if not self.post_process:
             return hidden
-        return target_logprobs(
-            hidden, self.output_weight(), batch.predictors, batch.targets, self.arch.vocabulary, self.config
-        )
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return target_logprobs(hidden, self.logits, batch.predictors, batch.targets)
 
     def hidden_states(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:
         tokens = batch.positions.numel()
@@ -63,18 +68,18 @@ class LanguageModel(GPTModel):
         # A pack's rotary table is the plain one, read at each token's own position: branches restart after their prefix.
         table = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)
         out: Tensor = self.decoder(
-            hidden_states=embeddings,
+            hidden_states=embeddings if embeddings is None else reaching(embeddings, self.decoder),
             attention_mask=None,
             rotary_pos_emb=table[batch.positions],
             packed_seq_params=segments,
         )
         return out
 
-    def output_weight(self) -> torch.nn.Parameter:
-        """`[padded vocabulary / tp, hidden]`."""
-        weight: torch.nn.Parameter = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
-        return weight
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[N, 1, H]`, whole on every tensor-parallel rank, to this rank's float32 logits `[N, 1, padded vocabulary / tp]`.
+
+        The output layer is called as a module, so that a parameter gather that overlaps is waited for.
+        """
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=tied)
+        return without_padding_rows(logits.float(), self.arch.vocabulary)

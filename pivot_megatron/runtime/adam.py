@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,3 +72,21 @@ class GroupStepAdam(torch.optim.Optimizer):
         torch._foreach_div_(scale, math.sqrt(correction2))
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_addcdiv_(params, means, scale, value=-group["lr"] / correction1)
+
+
+def install() -> None:
+    """Give megatron-core this Adam where it has no fused one, or cannot use it. Idempotent.
+
+    torch's AdamW keeps `step` per parameter; the distributed optimizer saves and loads it per group, as FusedAdam does. On a
+    machine without CUDA the fused ones of TE or apex would not run, where a cluster's image has them all the same.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # that neither TE nor apex is here, once a module; `pivot doctor` says it better
+        optimizer: Any = importlib.import_module("megatron.core.optimizer")
+        distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if optimizer.USING_PYTORCH_OPTIMIZER or not torch.cuda.is_available():
+        optimizer.Adam = distributed.Adam = GroupStepAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

@@ -111,7 +111,6 @@ def install() -> None:
         for name in _CUDA_LITERALS:
             importlib.import_module(name).torch = _TorchOnCpu()  # type: ignore[attr-defined]
     _patch_rng_tracker()
-    _patch_adam()
 
 
 def _patch_rng_tracker() -> None:
@@ -126,15 +125,3 @@ def _patch_rng_tracker() -> None:
 
     random._set_cuda_rng_state = set_state
     random._get_cuda_rng_state = get_state
-
-
-def _patch_adam() -> None:
-    """torch's AdamW keeps `step` per parameter; the distributed optimizer saves and loads it per group, as FusedAdam does.
-    Where TE or apex is installed all the same (a cluster's image on a login node), their FusedAdam would want CUDA."""
-    from pivot_megatron.runtime.adam import GroupStepAdam
-
-    optimizer: Any = importlib.import_module("megatron.core.optimizer")
-    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer.Adam = distributed.Adam = GroupStepAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

@@ -84,13 +84,19 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[bytes
             return 0
         time.sleep(0.05)
     _follow(children)
-    first = failed[0]
-    file = errors[first]
-    if file is not None and not children[0].poll():
-        file.seek(0)
-        sys.stderr.write(file.read().decode(errors="replace"))
-    code = children[first].returncode
+    sys.stderr.write(_words_of_others(errors, first=failed[0]))
+    code = children[failed[0]].returncode
     return code if code > 0 else 1  # a negative code is the signal that killed it
+
+
+def _words_of_others(errors: Sequence[IO[bytes] | None], first: int) -> str:
+    """What the process that failed first said, unless it is the one with the terminal. All processes see most mistakes, and
+    then the first process has said the same: whoever failed first, its own one-line messages are enough."""
+    file = errors[first]
+    if file is None:
+        return ""
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _follow(children: Sequence[subprocess.Popen[bytes]]) -> None:

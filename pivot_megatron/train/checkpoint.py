@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from pivot_megatron.config.schema import Layout
+from pivot_megatron.config.schema import Layout, RunConfig
 from pivot_megatron.convert.store import (
     Description,
     common_state,
@@ -30,11 +32,56 @@ from pivot_megatron.train.optimizer import Optimization
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` optimizer steps are done. The data order follows from step, seed and `data`."""
+    """Where a run stands: `step` optimizer steps are done.
+
+    `decided`: what the losses of a run follow from, by config key, with the fingerprint of its data; `start`: the very
+    checkpoints that components began from, which a reference model is read from again.
+    """
 
     step: int
-    seed: int
-    data: str  # fingerprint of the shards
+    decided: Mapping[str, str]
+    start: Mapping[str, str]
+
+
+def decided_by(config: RunConfig, data: str) -> dict[str, str]:
+    """What may not change in the middle of a run. Layout, micro-batches, recompute and checkpointing may."""
+    batch = config.batch
+    return {
+        "seed": str(config.seed),
+        "data.shards": data,
+        "data": str(dataclasses.replace(config.data, shards=())),
+        "objective": str(config.objective),
+        "optimizer": str(config.optimizer),
+        "parameters": str(config.parameters),
+        "precision": str(config.precision),
+        "batch": f"global_size {batch.global_size}, epochs {batch.epochs}, steps {batch.steps}",
+        "model.encoder.feature_layer": str(config.model.encoder.feature_layer),
+    }
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The same answer on every rank."""
+    steps = steps_in(folder)
+    answer = [steps[-1][1] if steps else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    return Progress(**common_state(checkpoint)["progress"])
+
+
+def checked_progress(checkpoint: Path, decided: Mapping[str, str]) -> Progress:
+    """Raises UserError naming each key in which the config is not the one that `checkpoint` was made with."""
+    progress = progress_of(checkpoint)
+    changed = [
+        f"{key}: {checkpoint} was made with {progress.decided.get(key)}, found {value}; restore it, or use a new `out`"
+        for key, value in decided.items()
+        if progress.decided.get(key) != value
+    ]
+    if changed:
+        raise UserError("\n".join(changed))
+    return progress
 
 
 class Checkpointer:
@@ -45,13 +92,6 @@ class Checkpointer:
         self._keep = keep
         self._layout = {"tensor": layout.tensor, "pipeline": layout.pipeline, "world": dist.get_world_size()}
         self._description = description
-
-    def newest(self) -> Path | None:
-        """The same answer on every rank."""
-        steps = steps_in(self.folder)
-        answer = [steps[-1][1] if steps else None]
-        dist.broadcast_object_list(answer, src=0)
-        return answer[0]
 
     def save(self, wrapped: Any, optimization: Optimization, progress: Progress) -> Path:
         if wrapped.ddp_config.overlap_param_gather:
@@ -68,16 +108,8 @@ class Checkpointer:
         self._prune()
         return out
 
-    def load(self, checkpoint: Path, wrapped: Any, optimization: Optimization, data: str, seed: int) -> Progress:
-        """Raises UserError if the checkpoint was made with other data or another seed: its order would not be this run's."""
+    def load(self, checkpoint: Path, wrapped: Any, optimization: Optimization) -> None:
         common = common_state(checkpoint)
-        progress = Progress(**common["progress"])
-        for what, found, expected in (("shards", data, progress.data), ("seed", seed, progress.seed)):
-            if found != expected:
-                raise UserError(
-                    f"{checkpoint}: was made with other {what} ({str(expected)[:12]}) than this run's "
-                    f"({str(found)[:12]}), so its place in the data means nothing; restore them or use a new `out`"
-                )
         same_layout = common["layout"] == self._layout
         state = self._state(wrapped, optimization, is_loading=True)
         if same_layout:
@@ -89,7 +121,6 @@ class Checkpointer:
         if same_layout:
             _restore_random(loaded["random"])
         # At another layout the generators start anew from the seed: nothing in training draws from them.
-        return progress
 
     def _state(self, wrapped: Any, optimization: Optimization, is_loading: bool) -> dict[str, Any]:
         metadata = content_metadata()

@@ -37,13 +37,26 @@ def wrap(model: VisionLanguageModel, layout: Layout) -> DistributedDataParallel:
         use_distributed_optimizer=True,
         overlap_grad_reduce=layout.overlap_gradient_reduce,
         overlap_param_gather=layout.overlap_parameter_gather,
+        bucket_size=layout.overlap_bucket_size,
         grad_reduce_in_fp32=True,
     )
     wrapped = DistributedDataParallel(model.config, config, model)
+    _count_padding_as_content(wrapped)
     model.config.finalize_model_grads_func = finalize_model_grads
     if layout.overlap_gradient_reduce:
         model.config.no_sync_func = wrapped.no_sync
     return wrapped
+
+
+def _count_padding_as_content(wrapped: DistributedDataParallel) -> None:
+    """A fully reshardable save leaves the padding between a buffer's buckets out of the world tensors and then cuts them by
+    offsets that count it, so everything past the first padding is shifted. With the padding counted as content both agree.
+    Before the optimizer is built, which copies these numbers.
+    """
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
 
 
 def _overrides(config: OptimizerConfig, rules: Sequence[ParameterRule]) -> dict[Any, Any]:
@@ -96,7 +109,7 @@ def build_optimization(wrapped: DistributedDataParallel, config: RunConfig, step
         init_lr=0.0,
         max_lr=wanted.learning_rate,
         min_lr=wanted.minimum_learning_rate,
-        lr_warmup_steps=math.ceil(wanted.warmup_fraction * steps),
+        lr_warmup_steps=min(math.ceil(wanted.warmup_fraction * steps), steps - 1),
         lr_decay_steps=steps,
         lr_decay_style=wanted.schedule,
         start_wd=wanted.weight_decay,

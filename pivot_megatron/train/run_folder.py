@@ -35,17 +35,16 @@ def installed_version(package: str) -> str | None:
 
 def environment(device: str, world_size: int) -> dict[str, Any]:
     """Versions, git state and hardware, for the record."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = described.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "python": sys.version.split()[0],
         "packages": {name: installed_version(name) for name in PACKAGES},
-        "git": commit.stdout.strip() or None,
+        "git": commit,
         "machine": platform.machine(),
         "system": platform.platform(),
         "cores": os.cpu_count(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ def forward_logprobs(model: torch.nn.Module, batches: Sequence[PackedBatch]) -> 
     """Log-probs `[N]` of each micro-batch's answer tokens, forward only; None on stages that are not the last."""
 
     def step(iterator: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        return stage(next(iterator).batch), _keep_logprobs
+        return stage(next(iterator).batch.to(current_platform().device)), _keep_logprobs
 
     with torch.no_grad():
         found = _schedule(
@@ -87,17 +87,16 @@ def train_step(
     reference: torch.nn.Module | None,
 ) -> StepResult:
     """`batches`: this data-parallel rank's micro-batches of the global batch, on the host."""
-    device = current_platform().device
-    on_device = [batch.to(device) for batch in batches]
-    known = forward_logprobs(reference, on_device) if reference is not None else [None] * len(on_device)
+    known = forward_logprobs(reference, batches) if reference is not None else [None] * len(batches)
     wrapped.zero_grad_buffer()
     optimization.optimizer.zero_grad()
 
     def step(iterator: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        micro = next(iterator)
+        on_host = next(iterator)
+        micro = replace(on_host, batch=on_host.batch.to(current_platform().device))
         return stage(micro.batch), partial(_loss, objective, micro)
 
-    micro_batches = [MicroBatch(batch, logps) for batch, logps in zip(on_device, known, strict=True)]
+    micro_batches = [MicroBatch(batch, logps) for batch, logps in zip(batches, known, strict=True)]
     losses = _schedule(wrapped, step, micro_batches, forward_only=False)
     learning_rate = optimization.learning_rate()
     applied, grad_norm, _ = optimization.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.config.schema import Model, RunConfig
 from pivot_megatron.convert.load import check_layout_fits
-from pivot_megatron.convert.start import describe_start, start_weights
+from pivot_megatron.convert.start import checkpoints_of, describe_start, pinned, start_weights, with_checkpoints
 from pivot_megatron.data.build import build_loader
 from pivot_megatron.data.loader import Dropped, Loader, StepData
 from pivot_megatron.errors import RunError, UserError
@@ -28,7 +29,14 @@ from pivot_megatron.runtime.distributed import (
     process_groups,
     tensor_parallel_coordinates,
 )
-from pivot_megatron.train.checkpoint import Checkpointer, Progress
+from pivot_megatron.train.checkpoint import (
+    Checkpointer,
+    Progress,
+    checked_progress,
+    decided_by,
+    newest_checkpoint,
+    progress_of,
+)
 from pivot_megatron.train.optimizer import Optimization, apply_rules, build_optimization, wrap
 from pivot_megatron.train.run_folder import RunFolder, environment
 from pivot_megatron.train.step import StepResult, train_step
@@ -50,6 +58,7 @@ class Session:
     optimization: Optimization
     reference: VisionLanguageModel | None
     checkpointer: Checkpointer
+    standing: Progress
     done: int
 
 
@@ -87,15 +96,20 @@ def total_steps(config: RunConfig, samples: int) -> int:
 
 
 def _prepare(config: RunConfig) -> Session:
-    description = describe_start(config.model)
+    folder = RunFolder(config)
+    newest = newest_checkpoint(folder.checkpoints)
+    # A resumed run's reference is the model that it began from, whatever the folder it came from has become since.
+    model_start = with_checkpoints(config.model, progress_of(newest).start) if newest else pinned(config.model)
+    description = dataclasses.replace(describe_start(model_start), template=config.data.template)
     arch = description.architecture()
-    check_layout_fits(arch, config.layout.tensor, config.layout.pipeline)
+    check_layout_fits(arch, config.layout)
     objective = build_objective(config.objective)
     rank, size = data_parallel()
     loader = build_loader(
         config,
         description.encoder,
         description.llm,
+        arch.encoder.image_size,
         arch.encoder.tokens,
         objective.branches,
         rank,
@@ -103,33 +117,34 @@ def _prepare(config: RunConfig) -> Session:
         with_images=is_first_stage(),
     )
     steps = total_steps(config, len(loader.samples))
-    folder = RunFolder(config)
+    decided = decided_by(config, loader.samples.fingerprint)
+    done = checked_progress(newest, decided).step if newest else 0
     if is_main_process():
         folder.create(config, environment(str(current_platform().device), dist.get_world_size()))
     dist.barrier()
     checkpointer = Checkpointer(folder.checkpoints, config.checkpoints.keep, config.layout, description)
-    newest = checkpointer.newest()
     model = build_model(arch, config.layout, config.precision, config.recompute)
     if newest is None:
-        start_weights(model, config.model, config.seed)
-    reference = _frozen_reference(config, arch) if objective.needs_reference else None
+        start_weights(model, model_start, config.seed)
+    reference = _frozen_reference(config, arch, model_start) if objective.needs_reference else None
     apply_rules(model, config.parameters)
     model.train()
     wrapped = wrap(model, config.layout)
     optimization = build_optimization(wrapped, config, steps)
-    session = Session(config, folder, loader, steps, objective, wrapped, optimization, reference, checkpointer, done=0)
     if newest is not None:
-        progress = checkpointer.load(newest, wrapped, optimization, loader.samples.fingerprint, config.seed)
-        session.done = progress.step
+        checkpointer.load(newest, wrapped, optimization)
     if is_main_process():
-        folder.rewind(session.done)
-    return session
+        folder.rewind(done)
+    standing = Progress(done, decided, checkpoints_of(model_start))
+    return Session(
+        config, folder, loader, steps, objective, wrapped, optimization, reference, checkpointer, standing, done
+    )
 
 
-def _frozen_reference(config: RunConfig, arch: Architecture) -> VisionLanguageModel:
+def _frozen_reference(config: RunConfig, arch: Architecture, start: Model) -> VisionLanguageModel:
     """The model as the run started from it, forward only."""
     reference = build_model(arch, config.layout, config.precision, config.recompute)
-    start_weights(reference, config.model, config.seed)
+    start_weights(reference, start, config.seed)
     reference.eval().requires_grad_(False)
     return reference
 
@@ -186,5 +201,5 @@ def _require_finite(session: Session, result: StepResult) -> None:
 
 
 def _save(session: Session) -> None:
-    progress = Progress(session.done, session.config.seed, session.loader.samples.fingerprint)
+    progress = dataclasses.replace(session.standing, step=session.done)
     session.checkpointer.save(session.wrapped, session.optimization, progress)

@@ -12,6 +12,7 @@ import yaml
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.data_prep.synthetic import make_question, write_pairs
+from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 
@@ -28,6 +29,7 @@ def make_world(folder: Path, pairs: int = 96) -> Path:
 
 
 def config_tree(world: Path, out: Path) -> dict[str, Any]:
+    """Nine steps of DPO in fp32."""
     return {
         "name": "test",
         "out": str(out),
@@ -51,3 +53,12 @@ def train_at(config_file: Path, layout: Layout) -> int:
     from pivot_megatron.train.trainer import train
 
     return train(replace(load_config(config_file), layout=layout))
+
+
+def train_error(config_file: Path, layout: Layout) -> str:
+    """A worker's job: the message of the user's mistake that stops the run."""
+    try:
+        train_at(config_file, layout)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run went through")

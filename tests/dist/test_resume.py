@@ -16,7 +16,7 @@ import pytest
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix
-from tests.dist.runs import config_tree, make_world, train_at, write_config
+from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
 from tests.harness import Workers
 
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "pairs", "tokens", "keys", "reward_margin", "chosen_logps")
@@ -65,6 +65,108 @@ def test_resume_at_another_layout(layout, world, workers: Workers, unbroken: Pat
         assert a["keys"] == b["keys"]
         for name in ("loss", "grad_norm", "reward_margin", "chosen_logps"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+
+
+BUCKETS = Layout(overlap_gradient_reduce=True, overlap_bucket_size=5000)
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "saved_world", "resumed_at", "resumed_world"),
+    [
+        pytest.param(Layout(pipeline=2), 2, Layout(pipeline=2), 2, id="PP2-to-PP2"),
+        pytest.param(Layout(pipeline=2), 2, Layout(), 1, id="PP2-to-TP1"),
+        pytest.param(BUCKETS, 2, BUCKETS, 2, id="DP2-many-buckets"),
+        pytest.param(BUCKETS, 2, Layout(tensor=2), 2, id="DP2-many-buckets-to-TP2"),
+    ],
+)
+def test_buffers_of_several_buckets_are_saved_whole(
+    saved_at, saved_world, resumed_at, resumed_world, workers: Workers, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """Tied embeddings on two stages, and overlap, cut a buffer into buckets with padding between them."""
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", config_tree(data, run))
+    workers.run(train_at, None, saved_world, config, saved_at)
+    for later in ("step-000008", "step-000009"):
+        shutil.rmtree(run / "checkpoints" / later)
+    assert workers.run(train_at, None, resumed_world, config, resumed_at)[0] == 5
+    for found, expected in zip(read_metrics(run), read_metrics(unbroken), strict=True):
+        assert found["keys"] == expected["keys"]
+        for name in ("loss", "grad_norm", "reward_margin"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (found["step"], name)
+
+
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2)
+def test_a_stage_starts_from_the_last_ones_checkpoint(
+    layout, world, workers: Workers, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """The next stage's first losses are the same at every layout; its reference is the model it began from."""
+    config = write_config(tmp_path / "next.yaml", next_stage(data, unbroken, tmp_path / "next"))
+    workers.run(train_at, None, world, config, layout)
+    lines = read_metrics(tmp_path / "next")
+    assert lines[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[0]["chosen_logps"] == pytest.approx(NEXT["chosen_logps"], rel=1e-5)
+
+
+NEXT: dict[str, float] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def next_stage_at_one_process(workers: Workers, unbroken: Path, data: Path, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("next")
+    config = write_config(folder / "next.yaml", next_stage(data, unbroken, folder / "next"))
+    workers.run(train_at, None, 2, config, Layout())
+    NEXT.update(read_metrics(folder / "next")[0])
+
+
+def next_stage(data: Path, previous: Path, out: Path) -> dict[str, Any]:
+    tree = config_tree(data, out)
+    tree["model"] = {part: {"checkpoint": str(previous)} for part in ("encoder", "projector", "llm")}
+    tree["batch"]["steps"] = 1
+    return tree
+
+
+def test_the_reference_is_the_one_the_run_began_from(workers: Workers, unbroken: Path, data: Path, tmp_path: Path) -> None:
+    """The folder it was read from may train on; the resumed run keeps to the checkpoint it recorded."""
+    previous = tmp_path / "previous"
+    (previous / "checkpoints").mkdir(parents=True)
+    shutil.copytree(unbroken / "checkpoints" / "step-000004", previous / "checkpoints" / "step-000004")
+    tree = next_stage(data, previous, tmp_path / "next") | {"checkpoints": {"every": 1, "keep": 10}}
+    tree["batch"]["steps"] = 3
+    config = write_config(tmp_path / "next.yaml", tree)
+    workers.run(train_at, None, 1, config, Layout())
+    whole = read_metrics(tmp_path / "next")
+    for later in ("step-000002", "step-000003"):
+        shutil.rmtree(tmp_path / "next" / "checkpoints" / later)
+    shutil.copytree(unbroken / "checkpoints" / "step-000009", previous / "checkpoints" / "step-000009")
+    workers.run(train_at, None, 1, config, Layout())
+    assert picked(read_metrics(tmp_path / "next")) == picked(whole)
+
+
+def test_a_config_that_changed_is_refused(workers: Workers, unbroken: Path, data: Path, tmp_path: Path) -> None:
+    """Each key that the losses follow from, one line each; the run's folder is left as it was."""
+    tree = config_tree(data, unbroken)
+    tree["optimizer"] |= {"learning_rate": 2e-3}
+    tree["batch"] |= {"global_size": 6}
+    config = write_config(tmp_path / "run.yaml", tree)
+    before = (unbroken / "config.yaml").read_text()
+    (message,) = workers.run(train_error, None, 1, config, Layout())
+    assert [line.split(":")[0] for line in message.splitlines()] == ["optimizer", "batch"]
+    assert (unbroken / "config.yaml").read_text() == before
+
+
+def test_bf16_goes_on_at_another_layout(workers: Workers, data: Path, tmp_path: Path) -> None:
+    """bf16 with fp32 masters: resumed bit for bit at its own layout, and within bf16's rounding at another."""
+    tree = config_tree(data, tmp_path / "run") | {"precision": {"compute": "bf16"}}
+    config = write_config(tmp_path / "run.yaml", tree)
+    workers.run(train_at, None, 2, config, Layout())
+    whole = read_metrics(tmp_path / "run")
+    assert whole[-1]["loss"] < whole[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    for layout, tolerance in ((Layout(), 0.0), (Layout(tensor=2), 2e-2)):
+        for later in ("step-000008", "step-000009"):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / later)
+        workers.run(train_at, None, 2, config, layout)
+        again = read_metrics(tmp_path / "run")
+        assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in whole], rel=tolerance)
 
 
 def start(config: Path) -> subprocess.Popen[bytes]:

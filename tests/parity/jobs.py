@@ -45,7 +45,6 @@ from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
-from pivot_megatron.model.logprobs import vocabulary_logits
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
 from pivot_megatron.train.step import train_step
@@ -127,10 +126,7 @@ def _answer_logits(model: VisionLanguageModel, batch: PackedBatch, hidden: Tenso
 
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden)
-    local = vocabulary_logits(
-        hidden[batch.predictors], model.llm.output_weight(), model.arch.head.vocabulary, model.config
-    )
-    whole: Tensor = gather_from_tensor_model_parallel_region(local)
+    whole: Tensor = gather_from_tensor_model_parallel_region(model.llm.logits(hidden[batch.predictors]))
     return whole[:, 0, : model.arch.head.vocabulary]
 
 

@@ -113,7 +113,7 @@ def test_a_phase_that_broke_off_is_done_again_and_its_time_counted(tmp_path: Pat
 def test_shipped_configs_are_found_and_valid() -> None:
     for name in ("1a_align", "1b_pretrain", "2_dpo", "2_sft"):
         load_config(shipped_config(f"demo/{name}.yaml"))
-    with pytest.raises(UserError, match="configs/demo/none.yaml: expected it in"):
+    with pytest.raises(UserError, match=r"configs/demo/none\.yaml: expected it in"):
         shipped_config("demo/none.yaml")
 
 

@@ -31,7 +31,7 @@ def loader(
     tree = config_tree(data, data / "unused")
     tree["data"] |= {"shards": [str(shards or data / "pairs")], **data_keys}
     config = load_config(write_config(data / "loader.yaml", tree))
-    return build_loader(config, data / "encoder", data / "llm", TOKENS, 2, rank, size, with_images)
+    return build_loader(config, data / "encoder", data / "llm", 48, TOKENS, 2, rank, size, with_images)
 
 
 def keys(made: Loader, step: int) -> list[str]:

@@ -155,7 +155,9 @@ def test_untied_head_with_overlap(layout, world, workers: Workers, tmp_path: Pat
     """The output layer's own weight is gathered before it is read."""
     folders = make_checkpoints(tmp_path, tied=False)
     wanted = reference_training(*folders, OBJECTIVES["dpo"])
-    check(workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVES["dpo"], STEPS), wanted)
+    check(
+        workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVES["dpo"], STEPS), wanted
+    )
 
 
 def one_branch(pair: Tokenized) -> Tokenized:

@@ -16,6 +16,9 @@ from pivot_megatron.config.schema import Layout
 
 Job = Callable[..., Any]
 
+# Destroyed gloo groups leave their polling threads behind, some fifty a training job: soon they would take all the time.
+JOBS_A_PROCESS = 8
+
 
 def _free_port() -> int:
     with socket.socket() as s:
@@ -47,6 +50,7 @@ class Workers:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
+        self._jobs = 0
 
     def _start(self, rank: int) -> tuple[Any, Connection]:
         ours, theirs = self._context.Pipe()
@@ -55,6 +59,9 @@ class Workers:
         return process, ours
 
     def run(self, job: Job, layout: Layout | None, world: int, *args: Any, timeout: float = 300) -> list[Any]:
+        self._jobs += 1
+        if self._jobs % JOBS_A_PROCESS == 0:
+            self.close()
         while len(self._workers) < world:
             self._workers.append(self._start(len(self._workers)))
         port = _free_port()

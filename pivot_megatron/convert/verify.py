@@ -18,6 +18,7 @@ from pivot_megatron.convert.store import describe, load_weights, resolve_checkpo
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.runtime.device import current_platform
 
 FORWARD_TOLERANCE = 1e-4  # fp32 sums in another order, over up to a hundred layers
 
@@ -98,11 +99,11 @@ def _encoder_activations(model: VisionLanguageModel, folder: Path) -> Iterator[C
         layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
         for layer in model.encoder.decoder.layers
     ]
-    model.eval().encoder(pixels)
+    model.eval().encoder(pixels.to(current_platform().device))
     for hook in hooks:
         hook.remove()
     for i, hidden in enumerate(seen):
-        difference = _relative(hidden.view(1, arch.tokens, arch.hidden), expected[i + 1])
+        difference = _relative(hidden.cpu().view(1, arch.tokens, arch.hidden), expected[i + 1])
         yield Check(f"encoder layer {i}", difference, difference <= FORWARD_TOLERANCE)
 
 
@@ -116,7 +117,7 @@ def _head_logprobs(model: VisionLanguageModel, folder: Path) -> Iterator[Check]:
     ids = torch.randint(0, vocabulary, (48,), generator=torch.Generator().manual_seed(0)).tolist()
     text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), None, 0)
     batch = pack([text], [], branches_per_sample=1, image_size=model.arch.encoder.image_size, multiple=1)
-    found = model.eval()(batch)
+    found = model.eval()(batch.to(current_platform().device)).cpu()
     logprobs = theirs(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = logprobs[15:-1].gather(1, torch.tensor(ids[16:])[:, None])[:, 0]
     difference = _relative(found, expected)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pivot_megatron import __version__
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.quiet import quiet
 
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full or read-only disk, a file where a folder should be
+        if args.debug:
+            raise
+        print(f"pivot: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("pivot: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 1
@@ -56,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(prog="pivot", description="Evolve vision encoders by preference training.")
+    parser.add_argument("--version", action="version", version=f"pivot-megatron {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Any, text: str, group: Any = verbs) -> argparse.ArgumentParser:
@@ -90,14 +97,19 @@ def _add_convert(verb: Any, verbs: Any) -> None:
     p = verb("import", _import, "Hugging Face folders into a checkpoint", group)
     p.add_argument("--encoder", type=Path, required=True, help="SigLIP / SigLIP2 folder")
     p.add_argument("--llm", type=Path, required=True, help="Qwen2 / Qwen2.5 folder")
-    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True, help="the checkpoint's folder, which must not exist yet")
     p.add_argument("--feature-layer", type=int, default=-2, help="hidden_states index, from the end (default: -2)")
     p.add_argument("--seed", type=int, default=777, help="of the fresh projector (default: 777)")
     p = verb("export", _export, "a checkpoint's part as a Hugging Face folder", group)
-    p.add_argument("checkpoint", type=Path, metavar="CKPT")
-    p.add_argument("--part", choices=("encoder", "mllm"), required=True)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--last-layer", choices=("drop", "original"), default="drop")
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its newest) or one checkpoint")
+    p.add_argument("--part", choices=("encoder", "mllm"), required=True, help="the encoder, or all of it as LLaVA")
+    p.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    p.add_argument(
+        "--last-layer",
+        choices=("drop", "original"),
+        default="drop",
+        help="leave out what stands past the feature layer, or put it back from --original (default: drop)",
+    )
     p.add_argument("--original", type=Path, help="the encoder folder that the run started from")
     p = verb("verify", _verify, "a checkpoint against Hugging Face folders: every tensor, and a forward pass", group)
     p.add_argument("checkpoint", type=Path, metavar="CKPT")
@@ -211,7 +223,7 @@ def _index(args: argparse.Namespace) -> int:
     from pivot_megatron.data.shards import write_index
 
     shards = write_index(args.shards)
-    print(f"{args.shards}: {sum(s.samples for s in shards)} samples in {len(shards)} tars")
+    print(f"{args.shards}: {sum(s.samples for s in shards)} samples, tars: {len(shards)}")
     return 0
 
 

@@ -61,6 +61,8 @@ def _layout(layout: Layout) -> Iterator[str]:
     for key in ("first_stage_layers", "last_stage_layers"):
         if getattr(layout, key) is not None and layout.pipeline == 1:
             yield f"layout.{key}: has a meaning only with pipeline > 1; leave it out"
+    if layout.overlap_bucket_size is not None and layout.overlap_bucket_size < 1:
+        yield f"layout.overlap_bucket_size: must be at least 1, found {layout.overlap_bucket_size}"
     if layout.overlap_parameter_gather and not layout.overlap_gradient_reduce:
         yield "layout.overlap_parameter_gather: needs overlap_gradient_reduce: true"
 
@@ -78,6 +80,14 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         yield f"seed: must not be negative, found {config.seed}"
     if not 0 <= optimizer.warmup_fraction < 1:
         yield f"optimizer.warmup_fraction: must be in [0, 1), found {optimizer.warmup_fraction}"
+    for key, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+        if not low <= getattr(optimizer, key) < high:
+            yield f"optimizer.{key}: must be in [{low:g}, {high:g}), found {getattr(optimizer, key)}"
+    if optimizer.epsilon <= 0:
+        yield f"optimizer.epsilon: must be positive, found {optimizer.epsilon}"
+    for key in ("weight_decay", "clip_gradient"):
+        if getattr(optimizer, key) < 0:
+            yield f"optimizer.{key}: must not be negative (0 is none), found {getattr(optimizer, key)}"
     for i, rule in enumerate(config.parameters):
         if rule.rate != "frozen" and rule.rate <= 0:
             yield f"parameters.{i}.rate: a positive factor or `frozen`, found {rule.rate}"
@@ -90,8 +100,12 @@ def _objective(config: RunConfig) -> Iterator[str]:
             yield f"objective.beta: must be positive, found {objective.beta}"
         if not 0 <= objective.label_smoothing < 0.5:
             yield f"objective.label_smoothing: must be in [0, 0.5), found {objective.label_smoothing}"
+        if objective.sft_weight < 0:
+            yield f"objective.sft_weight: must not be negative, found {objective.sft_weight}"
         if config.data.too_long == "truncate":
             yield "data.too_long: `truncate` would cut answers whose whole log-prob DPO compares; use `drop`"
+    if config.data.sequence_length < 1:
+        yield f"data.sequence_length: must be positive, found {config.data.sequence_length}"
     if not config.data.shards:
         yield "data.shards: at least one folder of shards, found none"
     if config.checkpoints.every < 1 or config.checkpoints.keep < 1:

@@ -17,10 +17,12 @@ One YAML file is one run. This page is written from the schema by `make docs`; a
   over earlier ones, and the file itself over all of them. Mappings merge key by key; lists and values replace, and so
   does a mapping that names another `kind`.
 - **`key=value`** after the file on the command line goes over the file, with a dotted key and a YAML value:
-  `layout.tensor=2`, `data.shards=[shards/a, shards/b]`, `parameters.0.rate=0.1`. `null` takes a value away:
+  `layout.tensor=2`, `data.shards=[shards/a, shards/b]`, `parameters.0.rate=0.1` (where the file has
+  such a rule). `null` takes a value away:
   `model.encoder.hf=null`.
 - **Paths** are relative to the folder that `pivot` is started in.
-- **Mistakes** are all reported at once, one line each with the dotted key, by `pivot check FILE...` as by `pivot train`;
+- **Mistakes** are reported together, one line each with the dotted key, wrong keys and values first
+  and then broken rules, by `pivot check FILE...` as by `pivot train`;
   the exit code is then 2. A key that this page does not know is a mistake.
 - The resolved config of a run is `config.yaml` in its folder, and is itself a file that `pivot train` takes.
 

@@ -36,6 +36,8 @@ def run_demo(out: Path, processes: int, scale: DemoScale | None = None) -> None:
         part.write_text(json.dumps(report.to_json()))
         part.replace(finished)
     print(terminal_table(report))
+    print("\nblind: the most frequent answer to a question, without the image; init: the untrained encoder;")
+    print("changed: against the folders the run began from (a key bias or an unseen word may stay as it was)")
     print(f"\nreport           {out / 'report.html'}\nevolved encoder  {demo.export('dpo', 'encoder')}")
 
 

@@ -140,13 +140,13 @@ def _packages() -> Iterator[Finding]:
         "transformer-engine",
         engine or "none",
         engine is not None,
-        "no FP8, megatron-core's local layers; pip install 'pivot-megatron[te]' on a CUDA machine",
+        "no FP8, megatron-core's local layers; pip install -e '.[te]' on a CUDA machine",
     )
     apex = _package(("apex",), "apex")
     if apex is None and engine:
         yield Finding("apex", "none", True, "not needed: transformer-engine brings a fused Adam")
     else:
-        cost = "no fused Adam: a slower optimizer step; pip install 'pivot-megatron[te]', which brings one"
+        cost = "no fused Adam: a slower optimizer step; pip install -e '.[te]', which brings one"
         yield _finding("apex", apex or "none", apex is not None, cost)
     flash = _package(("flash-attn", "flash-attn-3"), "flash_attn")
     cost = "nothing in this version: attention runs on torch's own kernels; no need to install it"

@@ -154,6 +154,7 @@ def test_a_config_that_changed_is_refused(workers: Workers, unbroken: Path, data
     assert (unbroken / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_bf16_goes_on_at_another_layout(workers: Workers, data: Path, tmp_path: Path) -> None:
     """bf16 with fp32 masters: resumed bit for bit at its own layout, and within bf16's rounding at another."""
     tree = config_tree(data, tmp_path / "run") | {"precision": {"compute": "bf16"}}

@@ -189,6 +189,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.DP2_OVERLAP)
 def test_partly_frozen_models_equal_plain_torch(stage, layout, world, workers: Workers, checkpoints) -> None:

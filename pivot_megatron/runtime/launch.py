@@ -84,14 +84,16 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[bytes
             return 0
         time.sleep(0.05)
     _follow(children)
-    sys.stderr.write(_words_of_others(errors, first=failed[0]))
     code = children[failed[0]].returncode
+    # Exit code 2 is a mistake in the input. The first process has seen the same one and said so; whatever else it ended
+    # with may only be that it lost the others.
+    if not (code == 2 and children[0].returncode == 2):
+        sys.stderr.write(_words_of_others(errors, first=failed[0]))
     return code if code > 0 else 1  # a negative code is the signal that killed it
 
 
 def _words_of_others(errors: Sequence[IO[bytes] | None], first: int) -> str:
-    """What the process that failed first said, unless it is the one with the terminal. All processes see most mistakes, and
-    then the first process has said the same: whoever failed first, its own one-line messages are enough."""
+    """What the process that failed first said, unless it is the one with the terminal."""
     file = errors[first]
     if file is None:
         return ""

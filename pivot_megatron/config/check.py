@@ -39,13 +39,17 @@ def _component(name: str, component: Component, needed: bool) -> Iterator[str]:
 
 def _batch(config: RunConfig) -> Iterator[str]:
     batch = config.batch
-    if batch.micro_size < 1 or batch.global_size < 1:
-        yield f"batch: sizes must be at least 1, found global {batch.global_size}, micro {batch.micro_size}"
-    elif batch.global_size % batch.micro_size:
+    if batch.global_size < 1:
+        yield f"batch.global_size: must be at least 1, found {batch.global_size}"
+    branches = 1 if config.objective.kind == "sft" else 2
+    longest = branches * config.data.sequence_length
+    if batch.micro_tokens < longest:
         yield (
-            f"batch.global_size: must be a multiple of micro_size x data-parallel ranks, "
-            f"found {batch.global_size} with micro_size {batch.micro_size}"
+            f"batch.micro_tokens: must hold any one sample, {branches} x data.sequence_length = {longest}, "
+            f"found {batch.micro_tokens}; raise it or lower the sequence length"
         )
+    if batch.micro_images is not None and batch.micro_images < branches:
+        yield f"batch.micro_images: a sample may have {branches}, found {batch.micro_images}; raise it or leave it out"
     if (batch.epochs is None) == (batch.steps is None):
         yield "batch: exactly one of epochs and steps says how long the run is"
     for key in ("epochs", "steps"):

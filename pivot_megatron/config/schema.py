@@ -101,10 +101,12 @@ class Optimizer(Strict):
 
 @dataclass(frozen=True)
 class Batch(Strict):
-    """`global_size` samples (pairs) a step over all ranks, `micro_size` packed together. One of `epochs` and `steps`."""
+    """`global_size` samples (pairs) a step over all ranks, packed into micro-batches of up to `micro_tokens` tokens and
+    `micro_images` images. One of `epochs` and `steps`."""
 
     global_size: int
-    micro_size: int
+    micro_tokens: int
+    micro_images: int | None = None
     epochs: float | None = None
     steps: int | None = None
 

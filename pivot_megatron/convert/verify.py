@@ -115,7 +115,7 @@ def _head_logprobs(model: VisionLanguageModel, folder: Path) -> Iterator[Check]:
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     vocabulary = model.arch.head.vocabulary
     ids = torch.randint(0, vocabulary, (48,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), None, 0)
+    text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), (), 0)
     batch = pack([text], [], branches_per_sample=1, image_size=model.arch.encoder.image_size, multiple=1)
     found = model.eval()(batch.to(current_platform().device)).cpu()
     logprobs = theirs(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -12,16 +12,22 @@ from torch import Tensor
 class PackedBatch:
     """One micro-batch: `samples` samples laid out one after another as `prefix | branch | branch ...`, then padding.
 
-    T tokens, N predicted answer tokens, S samples, L the longest sample's tokens, I images. Integers are int64.
+    T tokens, K keys, G segments, N predicted answer tokens, I images, P places for them. Integers are int64 unless stated.
+
+    A segment is a run of queries that attends to a run of keys, causal from the bottom right: a prefix with its first branch
+    attends to itself; any other branch to the prefix and itself; padding to itself. Queries of all segments laid end to end
+    are the tokens; their keys are those at `key_index`.
     """
 
     tokens: Tensor  # [T]; arbitrary at image positions
     positions: Tensor  # [T] rotary positions; every branch goes on from its prefix's end
-    image_positions: Tensor  # [I * tokens an image] where the images' features go, image after image
+    image_positions: Tensor  # [P * tokens an image] where images' features go, place after place
+    image_index: Tensor  # [P] which image each place shows
     pixels: Tensor  # [I, 3, H, W] float32; I may be 0
-    rows: Tensor  # [S, L] token index of each place in a sample, 0 where past its end
-    visible: Tensor  # [S, 1, L, L] bool: query (dim 2) may attend to key (dim 3)
-    places: Tensor  # [T] index into the flattened [S * L] places; 0 for padding tokens
+    key_index: Tensor | None  # [K] token index of each key; None where keys are the tokens themselves
+    query_ends: Tensor  # [G + 1] int32, from 0: segment g's queries are query_ends[g] to query_ends[g + 1]
+    key_ends: Tensor  # [G + 1] int32, the same of its keys
+    segments: tuple[tuple[int, int], ...]  # [G] (queries, keys), known on the host
     predictors: Tensor  # [N] index of the token whose hidden state predicts the target
     targets: Tensor  # [N] token ids
     branch: Tensor  # [N] branch index over the whole pack: branches_per_sample * sample + branch
@@ -37,6 +43,10 @@ class PackedBatch:
     @property
     def branches(self) -> int:
         return self.samples * self.branches_per_sample
+
+    @property
+    def padding(self) -> int:
+        return self.tokens.numel() - self.length
 
     def to(self, device: torch.device) -> PackedBatch:
         moved = {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.data.images import ImageTransform
 from pivot_megatron.data.loader import Loader, PairSet
-from pivot_megatron.data.tokens import SampleTokenizer, Tokenizer, template_by_name
+from pivot_megatron.data.tokens import SampleTokenizer, Tokenized, Tokenizer, template_by_name
 from pivot_megatron.errors import UserError
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+from pivot_megatron.families.flops import encoder_flops, head_flops
 
 PACK_MULTIPLE = 16  # tokens a tensor-parallel rank, which FP8 matrix products need and nothing else minds
 
@@ -33,20 +36,16 @@ def build_loader(
     config: RunConfig,
     encoder_folder: Path,
     llm_folder: Path,
-    image_size: int,
-    image_tokens: int,
+    encoder: EncoderArchitecture,
+    head: HeadArchitecture,
     branches: int,
     rank: int,
     size: int,
     with_images: bool,
 ) -> Loader:
-    """The share of data-parallel `rank` of `size`. Raises UserError if the batch does not divide, or files are missing."""
+    """The share of data-parallel `rank` of `size`. Raises UserError if files are missing or do not fit the model."""
     batch = config.batch
-    if batch.global_size % (batch.micro_size * size):
-        raise UserError(
-            f"batch.global_size: must be a multiple of micro_size {batch.micro_size} x {size} data-parallel ranks, "
-            f"found {batch.global_size}"
-        )
+    image_size, image_tokens = encoder.image_size, encoder.tokens
     tokenizer = load_tokenizer(llm_folder)
     transform = ImageTransform.from_processor_folder(encoder_folder)
     if transform.image_size != image_size:
@@ -68,10 +67,19 @@ def build_loader(
         transform=transform,
         image_backend=config.data.image_backend,
         global_size=batch.global_size,
-        micro_size=batch.micro_size,
+        flops=partial(sample_flops, encoder=encoder, head=head),
+        micro_tokens=batch.micro_tokens,
+        micro_images=batch.micro_images,
         seed=config.seed,
         pack_multiple=config.layout.tensor * PACK_MULTIPLE,
         rank=rank,
         size=size,
         with_images=with_images,
     )
+
+
+def sample_flops(sample: Tokenized, encoder: EncoderArchitecture, head: HeadArchitecture) -> float:
+    """Estimated work of one forward pass over `sample`; backward is in proportion."""
+    answers = sum(sum(branch.loss) for branch in sample.branches)
+    images = len(sample.images) * encoder_flops(encoder, encoder.layers)
+    return images + head_flops(head, sample.segments, answers)

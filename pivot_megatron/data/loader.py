@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,10 @@ import torch
 
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.images import ImageError, ImageTransform
-from pivot_megatron.data.order import rank_slice, step_indices
+from pivot_megatron.data.order import step_indices
 from pivot_megatron.data.packing import pack
-from pivot_megatron.data.sample import BadSample, Sample
+from pivot_megatron.data.plan import Size, plan_micro_batches
+from pivot_megatron.data.sample import BadSample, Pair, Sample
 from pivot_megatron.data.shards import ShardReader
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, Tokenized
 from pivot_megatron.errors import RunError, UserError
@@ -48,9 +50,9 @@ class PairSet:
         reader, at = self._locate(index)
         return reader.keys[at]
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, images: bool = True) -> Sample:
         reader, at = self._locate(index)
-        return reader.read(at)
+        return reader.read(at, images)
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,22 @@ class StepData:
 
 @dataclass(frozen=True)
 class Loader:
-    """`with_images`: whether this rank's pipeline stage runs the encoder; elsewhere no image is decoded.
+    """`with_images`: whether this rank's pipeline stage runs the encoder; elsewhere no image is read. `flops`: the estimated
+    work of a sample, by which micro-batches are balanced.
 
     A sample that does not fit leaves its place in the batch empty, so that neither the order nor any other rank depends on
-    it: losses are sums over what is there. Whether it fits is seen from its text, so every pipeline stage decides alike. A
-    sample that is broken stops the run with its name.
+    it: losses are sums over what is there. Whether it fits is seen from its text, so every rank decides alike. A sample that
+    is broken stops the run with its name.
     """
 
     samples: PairSet
     tokenize: SampleTokenizer
     transform: ImageTransform
     image_backend: Literal["pil", "torch"]
+    flops: Callable[[Tokenized], float]
     global_size: int
-    micro_size: int
+    micro_tokens: int
+    micro_images: int | None
     seed: int
     pack_multiple: int
     rank: int
@@ -109,47 +114,74 @@ class Loader:
     def load(self, step: int) -> StepData:
         indices = step_indices(step, self.global_size, len(self.samples), self.seed)
         digest = hashlib.sha256("\n".join(map(self.samples.key, indices)).encode()).hexdigest()[:16]
-        own = rank_slice(indices, self.rank, self.size)
-        dropped: list[Dropped] = []
-        batches = [
-            self._micro_batch(own[start : start + self.micro_size], dropped)
-            for start in range(0, len(own), self.micro_size)
-        ]
-        return StepData(step, tuple(batches), tuple(dropped), digest)
+        return self._loaded(step, indices, digest)
 
-    def _micro_batch(self, indices: Sequence[int], dropped: list[Dropped]) -> PackedBatch:
-        kept: list[Tokenized] = []
-        pixels: list[torch.Tensor] = []
+    def in_order(self, first: int, last: int) -> StepData:
+        """Samples `first` to `last` (exclusive) as they lie in the shards, in micro-batches like a step's."""
+        return self._loaded(0, range(first, last), "")
+
+    def _loaded(self, step: int, indices: Sequence[int], digest: str) -> StepData:
+        """Every rank tokenizes the whole batch, for the plan follows from all lengths, and reads its own share's images."""
+        fitting: list[tuple[int, Tokenized]] = []
+        dropped: list[Dropped] = []
         for index in indices:
             try:
-                tokenized, image = self._sample(index)
+                fitting.append((index, self.tokenized(index)))
             except DoesNotFit as bad:
                 dropped.append(Dropped(bad.key, bad.reason, bad.detail))
-                continue
-            kept.append(tokenized)
-            if image is not None:
-                pixels.append(image)
-        return pack(kept, pixels, self.tokenize.branches, self.transform.image_size, self.pack_multiple)
+        sizes = [Size(sample.length, len(sample.images), self.flops(sample)) for _, sample in fitting]
+        plan = plan_micro_batches(sizes, self.size, self.micro_tokens, self.micro_images)
+        batches = [self._micro_batch([fitting[i] for i in chosen]) for chosen in plan[self.rank]]
+        return StepData(step, tuple(batches), tuple(dropped) if self.rank == 0 else (), digest)
 
-    def _sample(self, index: int) -> tuple[Tokenized, torch.Tensor | None]:
-        sample = self._read(index)
-        try:
-            tokenized = self.tokenize(sample)
-        except DoesNotFit:
-            raise
-        except BadSample as bad:
-            raise RunError(f"data.shards: {bad}; mend or remove it") from None
-        if sample.image is None:
-            return tokenized, None
+    def tokenized(self, index: int) -> Tokenized:
+        """Raises DoesNotFit for a sample that is too long, RunError for one that is wrong."""
+        with _named():
+            return self.tokenize(self.samples.read(index, images=False))
+
+    def _micro_batch(self, chosen: Sequence[tuple[int, Tokenized]]) -> PackedBatch:
+        pixels: list[torch.Tensor] = []
+        index: list[int] = []
+        known: dict[bytes, int] = {}
+        for at, sample in chosen:
+            for image in self._images(at, len(sample.images)):
+                # Samples over one and the same image share its pass through the encoder.
+                digest = hashlib.blake2b(image, digest_size=16).digest() if image else len(index).to_bytes(8, "big")
+                if digest not in known:
+                    known[digest] = len(pixels)
+                    pixels.append(self._pixels(sample.key, image))
+                index.append(known[digest])
+        samples = [sample for _, sample in chosen]
+        return pack(samples, pixels, self.tokenize.branches, self.transform.image_size, self.pack_multiple, index)
+
+    def _images(self, index: int, count: int) -> list[bytes]:
+        """The encoded images of a sample, in the order of its places; empty where this rank needs none."""
+        if not self.with_images or not count:
+            return [b""] * count
+        with _named():
+            sample = self.samples.read(index)
+        rejected = sample.rejected_image if isinstance(sample, Pair) else None
+        images = [image for image in (sample.image, rejected) if image is not None]
+        if isinstance(sample, Pair) and sample.image == rejected and sample.chosen.strip() == sample.rejected.strip():
+            bad = BadSample(sample.key, "identical_answers", "both answers and both images are the same")
+            raise RunError(f"data.shards: {bad}; mend or remove it")
+        return images[:count]
+
+    def _pixels(self, key: str, image: bytes) -> torch.Tensor:
         if not self.with_images:
-            return tokenized, torch.zeros(3, 0, 0)
+            return torch.zeros(3, 0, 0)
         try:
-            return tokenized, self.transform(sample.image, self.image_backend)
+            return self.transform(image, self.image_backend)
         except ImageError as error:
-            raise RunError(f"data.shards: sample {sample.key}: bad_image: {error}; mend or remove it") from None
+            raise RunError(f"data.shards: sample {key}: bad_image: {error}; mend or remove it") from None
 
-    def _read(self, index: int) -> Sample:
-        try:
-            return self.samples.read(index)
-        except BadSample as bad:
-            raise RunError(f"data.shards: {bad}; mend or remove it") from None
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """A broken sample stops the run with its name; one that does not fit is the caller's to drop."""
+    try:
+        yield
+    except DoesNotFit:
+        raise
+    except BadSample as bad:
+        raise RunError(f"data.shards: {bad}; mend or remove it") from None

@@ -1,4 +1,4 @@
-"""One global order of samples: a function of seed, epoch and position. Ranks take their slices afterwards."""
+"""One global order of samples: a function of seed, epoch and position. Ranks take their shares afterwards."""
 
 from __future__ import annotations
 
@@ -21,9 +21,3 @@ def index_at(position: int, samples: int, seed: int) -> int:
 def step_indices(step: int, global_size: int, samples: int, seed: int) -> list[int]:
     """Sample indices of 0-based `step`'s global batch; the last batch of an epoch runs on into the next."""
     return [index_at(step * global_size + i, samples, seed) for i in range(global_size)]
-
-
-def rank_slice(indices: list[int], rank: int, size: int) -> list[int]:
-    """The contiguous share of data-parallel `rank` of `size`; `size` divides the batch."""
-    share = len(indices) // size
-    return indices[rank * share : (rank + 1) * share]

@@ -23,7 +23,8 @@ class Turn:
 class Pair:
     """A question with a better and a worse answer.
 
-    `image` holds the encoded file (JPEG, PNG, WebP), or None for a text-only row. `meta` holds the row's other fields.
+    `image` holds the encoded file (JPEG, PNG, WebP), or None for a text-only row. `rejected_image` holds the rejected
+    branch's own image where the preference is (also) between images. `meta` holds the row's other fields.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Pair:
     chosen: str
     rejected: str
     meta: Mapping[str, Any]
+    rejected_image: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class BadSample(Exception):
         return f"sample {self.key}: {self.reason}: {self.detail}"
 
 
-def parse_sample(key: str, json_bytes: bytes, image: bytes | None) -> Sample:
+def parse_sample(key: str, json_bytes: bytes, image: bytes | None, rejected_image: bytes | None = None) -> Sample:
     """Read one row.
 
     `json_bytes` is a JSON object with `question`, `chosen`, `rejected` (a pair) or with `conversations`, a list of
@@ -75,8 +77,10 @@ def parse_sample(key: str, json_bytes: bytes, image: bytes | None) -> Sample:
     """
     record = _load(key, json_bytes)
     has_answers = "chosen" in record or "rejected" in record
+    if rejected_image is not None:
+        _check_rejected_image(key, record, image)
     if "conversations" not in record:
-        return _pair(key, record, image)
+        return _pair(key, record, image, rejected_image)
     if has_answers:
         raise BadSample(key, "ambiguous_fields", "expected a pair or a conversation, found fields of both")
     return _conversation(key, record, image)
@@ -94,7 +98,14 @@ def _load(key: str, json_bytes: bytes) -> dict[str, Any]:
     return record
 
 
-def _pair(key: str, record: Mapping[str, Any], image: bytes | None) -> Pair:
+def _check_rejected_image(key: str, record: Mapping[str, Any], image: bytes | None) -> None:
+    if "conversations" in record:
+        raise BadSample(key, "ambiguous_fields", "expected one image beside a conversation, found a rejected one too")
+    if image is None:
+        raise BadSample(key, "missing_image", "expected the chosen image beside the rejected one, found none")
+
+
+def _pair(key: str, record: Mapping[str, Any], image: bytes | None, rejected_image: bytes | None) -> Pair:
     for name in _PAIR_FIELDS:
         if not isinstance(record.get(name), str):
             found = type(record[name]).__name__ if name in record else "nothing"
@@ -105,11 +116,11 @@ def _pair(key: str, record: Mapping[str, Any], image: bytes | None) -> Pair:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
             raise BadSample(key, "empty_answer", f"'{name}' holds no text")
-    if chosen.strip() == rejected.strip():
-        raise BadSample(key, "identical_answers", "'chosen' and 'rejected' are the same text: nothing to prefer")
+    if chosen.strip() == rejected.strip() and rejected_image is None:
+        raise BadSample(key, "identical_answers", "'chosen' and 'rejected' are the same: nothing to prefer")
     _check_image_marks(key, (question,), (chosen, rejected), image)
     meta = {name: value for name, value in record.items() if name not in _PAIR_FIELDS}
-    return Pair(key, image, question, chosen, rejected, meta)
+    return Pair(key, image, question, chosen, rejected, meta, rejected_image)
 
 
 def _conversation(key: str, record: Mapping[str, Any], image: bytes | None) -> Conversation:

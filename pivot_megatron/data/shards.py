@@ -1,7 +1,8 @@
 """WebDataset tars with random access: a writer, an index beside the tars, and a reader.
 
 A folder holds `*.tar` files and `index.json`. A sample is `KEY.json` and, unless it is text only, one image
-`KEY.jpg|jpeg|png|webp`. The index is written last, so a folder with an index is complete.
+`KEY.jpg|jpeg|png|webp`; a pair that prefers one image to another also holds `KEY.rejected.jpg|…`. The index is written
+last, so a folder with an index is complete.
 
 webdataset writes the tars, so they are what every WebDataset tool expects. It reads them as streams only: version 1.x
 keeps no random access, which a global order and an exact resume need. So the standard library's tarfile reads the
@@ -28,6 +29,7 @@ INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+_REJECTED = "rejected."
 _PARTIAL = ".partial"
 _MAX_OPEN_TARS = 64
 
@@ -44,13 +46,23 @@ class Shard:
 
 @dataclass(frozen=True)
 class _Member:
-    """Where a sample's data lies in its tar: byte offsets and sizes. No image: `image_offset` -1."""
+    """Where a sample's data lies in its tar: byte offsets and sizes. No image: an offset of -1."""
 
     key: str
     json_offset: int
     json_size: int
     image_offset: int
     image_size: int
+    rejected_offset: int
+    rejected_size: int
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        return (
+            *(self.json_offset, self.json_size),
+            *(self.image_offset, self.image_size),
+            *(self.rejected_offset, self.rejected_size),
+        )
 
 
 class ShardWriter:
@@ -81,8 +93,15 @@ class ShardWriter:
         self._remove_partials()
         return self
 
-    def write(self, key: str, image_bytes: bytes | None, extension: str, record: Mapping[str, Any]) -> None:
-        """Add one sample. `extension` names the image's format (`jpg`, `png`, `webp`) and is unused without one.
+    def write(
+        self,
+        key: str,
+        image_bytes: bytes | None,
+        extension: str,
+        record: Mapping[str, Any],
+        rejected_image: bytes | None = None,
+    ) -> None:
+        """Add one sample. `extension` names the images' format (`jpg`, `png`, `webp`) and is unused without one.
 
         Raises UserError for a key that was written before or that WebDataset would split, and for another extension.
         """
@@ -98,6 +117,8 @@ class ShardWriter:
         entry: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode("utf-8")}
         if image_bytes is not None:
             entry[extension] = image_bytes
+        if rejected_image is not None:
+            entry[_REJECTED + extension] = rejected_image
         self._tar.write(entry)
         self._keys.add(key)
         self._counts[-1] += 1
@@ -168,7 +189,7 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenTar] = OrderedDict()
         keys: list[str] = []
         numbers: list[int] = []
-        spans: list[tuple[int, int, int, int]] = []
+        spans: list[tuple[int, ...]] = []
         seen: set[str] = set()
         for number, shard in enumerate(self._shards):
             members = _scan_listed(self._directory, shard)
@@ -176,11 +197,11 @@ class ShardReader:
             for member in members:
                 keys.append(member.key)
                 numbers.append(number)
-                spans.append((member.json_offset, member.json_size, member.image_offset, member.image_size))
+                spans.append(member.spans)
         self._keys = tuple(keys)
         # Arrays and not objects: millions of samples, copied into every loader process.
         self._numbers = np.array(numbers, dtype=np.int32)
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 6)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -195,14 +216,19 @@ class ShardReader:
         """SHA-256 (hex) over the tars' checksums in order: names the data, whatever folder and tars are called."""
         return hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()
 
-    def read(self, position: int) -> Sample:
-        """The sample at `position`, 0 ≤ position < len. Raises IndexError, BadSample, and RunError for a lost tar."""
+    def read(self, position: int, images: bool = True) -> Sample:
+        """The sample at `position`, 0 ≤ position < len; without `images` those it has are empty bytes.
+
+        Raises IndexError, BadSample, and RunError for a lost tar.
+        """
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
-        json_offset, json_size, image_offset, image_size = (int(value) for value in self._spans[position])
+        json_span, *image_spans = self._spans[position].reshape(3, 2).tolist()
         tar = self._tar(int(self._numbers[position]))
-        image = tar.read(image_offset, image_size) if image_offset >= 0 else None
-        return parse_sample(self._keys[position], tar.read(json_offset, json_size), image)
+        image, rejected = (
+            None if offset < 0 else tar.read(offset, size) if images else b"" for offset, size in image_spans
+        )
+        return parse_sample(self._keys[position], tar.read(*json_span), image, rejected)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -314,7 +340,7 @@ def _scan(path: Path) -> list[_Member]:
                 if info.isfile():
                     key, extension = _split_name(path, info.name)
                     sample = parts.setdefault(key, {})
-                    kind = "json" if extension == "json" else "image"
+                    kind = _kind(extension)
                     if kind in sample:
                         raise UserError(
                             f"expected one {kind} for each key, found two for {key} in {path}: write the shard again"
@@ -331,17 +357,25 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()
-    if not stem or extension not in ("json", *IMAGE_EXTENSIONS):
+    if not stem or extension.removeprefix(_REJECTED) not in ("json", *IMAGE_EXTENSIONS) or extension == "rejected.json":
         raise UserError(
-            f"expected KEY.json or KEY.{'|'.join(IMAGE_EXTENSIONS)} in {path}, found {name}: write the shard without it"
+            f"expected KEY.json, KEY.{'|'.join(IMAGE_EXTENSIONS)} or KEY.rejected.jpg|… in {path}, found {name}: "
+            f"write the shard without it"
         )
     return (f"{folder}/{stem}" if folder else stem), extension
+
+
+def _kind(extension: str) -> str:
+    if extension == "json":
+        return "json"
+    return "rejected image" if extension.startswith(_REJECTED) else "image"
 
 
 def _member(path: Path, key: str, sample: Mapping[str, tuple[int, int]]) -> _Member:
     if "json" not in sample:
         raise UserError(f"expected {key}.json beside the image {key} in {path}, found none: write the shard again")
-    return _Member(key, *sample["json"], *sample.get("image", (-1, 0)))
+    nothing = (-1, 0)
+    return _Member(key, *sample["json"], *sample.get("image", nothing), *sample.get("rejected image", nothing))
 
 
 def _require_new_keys(seen: set[str], members: Sequence[_Member], path: Path) -> None:

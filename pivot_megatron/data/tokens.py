@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 from pivot_megatron.data.chat import Rendered, Template, from_tokenizer, plain, qwen_1_5, render
-from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Sample
+from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Pair, Sample
 from pivot_megatron.errors import UserError
 
 
@@ -30,17 +31,28 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """`image_at`: where in `prefix` the image's `image_tokens` places begin; None for text only."""
+    """`images`: where each image's `image_tokens` places begin, counted over `prefix` and `branches` laid end to end.
+
+    None for text only, one in the prefix where branches share it, one in each branch where they do not.
+    """
 
     key: str
     prefix: tuple[int, ...]
     branches: tuple[Branch, ...]
-    image_at: int | None
+    images: tuple[int, ...]
     image_tokens: int
 
     @property
     def length(self) -> int:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(queries, keys) of each branch: the first one's queries are the prefix and itself, every other's itself alone."""
+        prefix = len(self.prefix)
+        return tuple(
+            (len(branch.ids) + (0 if b else prefix), prefix + len(branch.ids)) for b, branch in enumerate(self.branches)
+        )
 
 
 def template_by_name(name: Literal["qwen_1_5", "plain", "tokenizer"], tokenizer: Tokenizer) -> Template:
@@ -74,30 +86,45 @@ class SampleTokenizer:
         rendered = render(sample, self.template)
         if len(rendered.branches) < self.branches:
             raise BadSample(sample.key, "not_a_pair", "DPO needs question, chosen and rejected; found a conversation")
-        prefix, image_at = self._prefix(rendered)
-        if not prefix:
+        prefix, lead = self._prefix(rendered, apart=isinstance(sample, Pair) and sample.rejected_image is not None)
+        if not prefix and not lead:
             raise BadSample(
                 sample.key, "empty_prompt", "nothing stands before the answer to predict its first token from"
             )
         # Both answers of a pair must fit, also where one is trained on: a control run sees the same pairs as DPO.
-        branches = tuple(self._branch(sample.key, rendered, i, len(prefix)) for i in range(len(rendered.branches)))
-        return Tokenized(
-            sample.key, prefix, branches[: self.branches], image_at, self.image_tokens if image_at is not None else 0
+        branches = tuple(
+            self._branch(sample.key, rendered, i, len(prefix), lead) for i in range(len(rendered.branches))
         )
+        branches = branches[: self.branches]
+        images = self._images(rendered, prefix, branches, in_branches=bool(lead))
+        return Tokenized(sample.key, prefix, branches, images, self.image_tokens)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    def _prefix(self, rendered: Rendered) -> tuple[tuple[int, ...], int | None]:
+    def _prefix(self, rendered: Rendered, apart: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What branches share, and what each begins with: the image and the text after it where each has its `apart`."""
         before, mark, after = rendered.prefix.partition(IMAGE_MARK)
-        head = self._encode(before)
+        head = tuple(self._encode(before))
         if not mark:
-            return tuple(head), None
-        return (*head, *[0] * self.image_tokens, *self._encode(after)), len(head)
+            return head, ()
+        image = (*[0] * self.image_tokens, *self._encode(after))
+        return (head, image) if apart else ((*head, *image), ())
 
-    def _branch(self, key: str, rendered: Rendered, index: int, prefix_length: int) -> Branch:
-        ids: list[int] = []
-        loss: list[bool] = []
+    def _images(
+        self, rendered: Rendered, prefix: tuple[int, ...], branches: tuple[Branch, ...], in_branches: bool
+    ) -> tuple[int, ...]:
+        before, mark, _ = rendered.prefix.partition(IMAGE_MARK)
+        if not mark:
+            return ()
+        if not in_branches:
+            return (len(self._encode(before)),)
+        lengths = [len(prefix), *(len(branch.ids) for branch in branches)]
+        return tuple(accumulate(lengths))[:-1]
+
+    def _branch(self, key: str, rendered: Rendered, index: int, prefix_length: int, lead: tuple[int, ...]) -> Branch:
+        ids = list(lead)
+        loss = [False] * len(lead)
         for span in rendered.branches[index]:
             tokens = self._encode(span.text)
             ids += tokens

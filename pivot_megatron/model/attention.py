@@ -1,7 +1,4 @@
-"""Core attention over packed segments: branches that share a prefix, and images that see only themselves.
-
-A plain torch form that is exact on every device. Segments are gathered into rows, attended in one call, and put back.
-"""
+"""Core attention over packed segments: branches that share a prefix, and images that see only themselves."""
 
 from __future__ import annotations
 
@@ -10,71 +7,42 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+
+from pivot_megatron.data.batch import PackedBatch
+from pivot_megatron.runtime.attention import Heads, Spans, build_kernel
 
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Packed-sequence parameters that know how their tokens fall into rows. Tokens are `[T, heads, head_dim]`."""
+    """Packed-sequence parameters that carry which queries attend to which keys.
 
-    def to_rows(self, x: Tensor) -> Tensor:
-        """`[T, n, d]` to `[rows, n, length, d]`."""
-        raise NotImplementedError
+    Queries are the tokens, segment after segment; `key_index` `[K]` picks each segment's keys, None where they are its queries.
+    """
 
-    def from_rows(self, x: Tensor, tokens: int) -> Tensor:
-        """The inverse of `to_rows`; padding tokens get arbitrary finite values."""
-        raise NotImplementedError
-
-    @property
-    def mask(self) -> Tensor | None:
-        """`[rows, 1, length, length]`, true where a query may attend; None where every token of a row sees every other."""
-        raise NotImplementedError
+    spans: Spans = field(default_factory=Spans)
+    key_index: Tensor | None = None
 
 
-@dataclass
-class ImageSegments(Segments):
-    """`images` equal segments of `length` tokens; tokens past them are padding."""
-
-    images: int = 0
-    length: int = 0
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        return x[: self.images * self.length].view(self.images, self.length, *x.shape[1:]).transpose(1, 2)
-
-    def from_rows(self, x: Tensor, tokens: int) -> Tensor:
-        flat = x.transpose(1, 2).reshape(self.images * self.length, *x.shape[1:2], x.shape[3])
-        return pad(flat, (0, 0, 0, 0, 0, tokens - flat.shape[0])) if tokens > flat.shape[0] else flat
-
-    @property
-    def mask(self) -> Tensor | None:
-        return None
+def answer_segments(batch: PackedBatch) -> Segments:
+    """Every branch with its prefix, as PackedBatch lays them out."""
+    spans = Spans(batch.segments, batch.query_ends, batch.key_ends)
+    return Segments(
+        spans=spans, key_index=batch.key_index, **_one_sequence(batch.positions.numel(), batch.tokens.device)
+    )
 
 
-@dataclass
-class AnswerSegments(Segments):
-    """`rows`, `visible` and `places` as in PackedBatch: a row a sample, in which branches see the prefix and themselves."""
-
-    rows: Tensor = field(default_factory=torch.Tensor)
-    visible: Tensor = field(default_factory=torch.Tensor)
-    places: Tensor = field(default_factory=torch.Tensor)
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        # index_select: its backward adds rows up in a third less time than that of x[rows].
-        picked = x.index_select(0, self.rows.flatten())
-        return picked.view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
-
-    def from_rows(self, x: Tensor, tokens: int) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
-
-    @property
-    def mask(self) -> Tensor | None:
-        return self.visible
+def image_segments(images: int, length: int, tokens: int, device: torch.device) -> Segments:
+    """`images` segments of `length` tokens each, then padding up to `tokens`."""
+    lengths = [length] * images + ([tokens - images * length] if tokens > images * length else [])
+    ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return Segments(spans=Spans(tuple((n, n) for n in lengths), ends, ends), **_one_sequence(tokens, device))
 
 
-def one_sequence(tokens: int, device: torch.device) -> dict[str, Any]:
+def _one_sequence(tokens: int, device: torch.device) -> dict[str, Any]:
     """Fields that make megatron-core rotate all `tokens` as one sequence: their true positions are in the rotary table."""
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     return {
@@ -87,19 +55,31 @@ def one_sequence(tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 class SegmentAttention(MegatronModule):
-    """A core attention for megatron-core's SelfAttention. Query `[T, n, d]`, key and value `[T, groups, d]`."""
+    """A core attention for megatron-core's SelfAttention. Query `[T, n, d]`, key and value `[T, groups, d]`.
+
+    What branches share is computed once, up to here: each one's keys and values are the prefix's and its own, so every
+    branch is an ordinary segment of a varlen kernel, and the prefix's gradients add up where they were gathered from.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         attention_type: str = "self",
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
+        tensor = config.tensor_model_parallel_size
+        self._heads = Heads(
+            queries=config.num_attention_heads // tensor,
+            groups=max(1, (config.num_query_groups or config.num_attention_heads) // tensor),
+            width=config.kv_channels,
+            scale=softmax_scale or config.kv_channels**-0.5,
+            causal=attn_mask_type == AttnMaskType.causal,
+        )
+        self._kernel = build_kernel(self._heads, config.params_dtype)
 
     def forward(
         self,
@@ -115,13 +95,7 @@ class SegmentAttention(MegatronModule):
         """`[T, n * d]`."""
         if not isinstance(packed_seq_params, Segments):
             raise TypeError(f"SegmentAttention needs Segments, got {type(packed_seq_params).__name__}")
-        q, k, v = (packed_seq_params.to_rows(x) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=packed_seq_params.mask,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return packed_seq_params.from_rows(out, query.shape[0]).flatten(1)
+        if (picked := packed_seq_params.key_index) is not None:
+            # index_select: its backward adds rows up in a third less time than that of key[picked].
+            key, value = key.index_select(0, picked), value.index_select(0, picked)
+        return self._kernel(query, key, value, packed_seq_params.spans).flatten(1)

@@ -80,6 +80,8 @@ class VisionLanguageModel(MegatronModule):
         merged = self.llm.embed(batch.tokens)
         features = self.image_features(batch.pixels).to(merged.dtype)
         if batch.image_positions.numel():
+            images = features.view(batch.pixels.shape[0], -1, features.shape[-1])
+            features = images.index_select(0, batch.image_index).view(-1, 1, features.shape[-1])
             merged = merged.index_copy(0, batch.image_positions, features)
         else:
             # Every rank runs the encoder and its collectives, and its gradients are zeros, not missing.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pivot_megatron.families.architecture import EncoderArchitecture
-from pivot_megatron.model.attention import ImageSegments, one_sequence
+from pivot_megatron.model.attention import image_segments
 from pivot_megatron.model.freeze import reaching
 from pivot_megatron.model.specs import full_block
 
@@ -42,7 +42,7 @@ class VisionEncoder(MegatronModule):
         images, length, width = hidden.shape
         hidden = hidden.reshape(images * length, 1, width)
         hidden = pad(hidden, (0, 0, 0, 0, 0, -hidden.shape[0] % self._multiple))
-        segments = ImageSegments(images=images, length=length, **one_sequence(hidden.shape[0], hidden.device))
+        segments = image_segments(images, length, hidden.shape[0], hidden.device)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         hidden = reaching(hidden, self.decoder)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.families.architecture import HeadArchitecture
-from pivot_megatron.model.attention import AnswerSegments, one_sequence
+from pivot_megatron.model.attention import answer_segments
 from pivot_megatron.model.freeze import reaching
-from pivot_megatron.model.logprobs import target_logprobs, without_padding_rows
 from pivot_megatron.model.specs import causal_block
+from pivot_megatron.model.vocabulary import TargetLogprobs, WordEmbeddings
 
 
 class LanguageModel(GPTModel):
@@ -35,10 +35,11 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
         )
         self.arch = arch
+        # The modules that GPTModel has built, with our forward: parameters, marks and checkpoint keys stay as they are.
+        if pre_process:
+            self.embedding.word_embeddings.__class__ = WordEmbeddings
         if post_process:
-            # Hidden states are gathered before answers are picked from them, so the output layer sees whole sequences.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+            self.output_layer.__class__ = TargetLogprobs
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[T]` token ids to `[T, 1, hidden]`, whole on every tensor-parallel rank."""
@@ -55,31 +56,20 @@ class LanguageModel(GPTModel):
             return hidden
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return target_logprobs(hidden, self.logits, batch.predictors, batch.targets)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        # Called as a module, so that a parameter gather that overlaps is waited for.
+        logprobs: Tensor = self.output_layer(
+            hidden[batch.predictors, 0], batch.targets, self.arch.vocabulary, weight=tied
+        )
+        return logprobs
 
     def hidden_states(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:
-        tokens = batch.positions.numel()
-        segments = AnswerSegments(
-            rows=batch.rows,
-            visible=batch.visible,
-            places=batch.places,
-            **one_sequence(tokens, batch.positions.device),
-        )
         # A pack's rotary table is the plain one, read at each token's own position: branches restart after their prefix.
         table = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)
         out: Tensor = self.decoder(
             hidden_states=embeddings if embeddings is None else reaching(embeddings, self.decoder),
             attention_mask=None,
             rotary_pos_emb=table[batch.positions],
-            packed_seq_params=segments,
+            packed_seq_params=answer_segments(batch),
         )
         return out
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[N, 1, H]`, whole on every tensor-parallel rank, to this rank's float32 logits `[N, 1, padded vocabulary / tp]`.
-
-        The output layer is called as a module, so that a parameter gather that overlaps is waited for.
-        """
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=tied)
-        return without_padding_rows(logits.float(), self.arch.vocabulary)

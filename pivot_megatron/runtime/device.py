@@ -14,11 +14,15 @@ from pivot_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Platform:
-    """`backend` is torch.distributed's name; `transformer_engine` says that TE layers can be built here."""
+    """`backend` is torch.distributed's name; `transformer_engine` says that TE layers can be built here.
+
+    `logits_tile_bytes`: how much of the logits stands in memory at once; on a CPU about what its caches hold.
+    """
 
     device: torch.device
     backend: str
     transformer_engine: bool
+    logits_tile_bytes: int
 
     @property
     def is_cuda(self) -> bool:
@@ -28,10 +32,11 @@ class Platform:
 @cache
 def current_platform() -> Platform:
     if not torch.cuda.is_available():
-        return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
+        return Platform(torch.device("cpu"), "gloo", transformer_engine=False, logits_tile_bytes=8 << 20)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
-    return Platform(torch.device("cuda", index), "nccl", importlib.util.find_spec("transformer_engine") is not None)
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    return Platform(torch.device("cuda", index), "nccl", has_te, logits_tile_bytes=256 << 20)
 
 
 def device_count() -> int:

@@ -40,6 +40,8 @@ def wrap(model: VisionLanguageModel, layout: Layout) -> DistributedDataParallel:
         bucket_size=layout.overlap_bucket_size,
         grad_reduce_in_fp32=True,
     )
+    for parameter in model.parameters():
+        parameter.gradient_must_appear = layout.overlap_gradient_reduce  # type: ignore[attr-defined]
     wrapped = DistributedDataParallel(model.config, config, model)
     _count_padding_as_content(wrapped)
     model.config.finalize_model_grads_func = finalize_model_grads

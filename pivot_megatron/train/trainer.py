@@ -109,8 +109,8 @@ def _prepare(config: RunConfig) -> Session:
         config,
         description.encoder,
         description.llm,
-        arch.encoder.image_size,
-        arch.encoder.tokens,
+        arch.encoder,
+        arch.head,
         objective.branches,
         rank,
         size,
@@ -163,9 +163,11 @@ def _timed(steps: Any) -> Any:
 
 def _record(session: Session, data: StepData, result: StepResult, step_seconds: float, data_seconds: float) -> None:
     tokens = sum(batch.length for batch in data.micro_batches)
-    first_stage_share = [(data.samples, tokens, data.dropped)] if _speaks_for_replica() else []
+    padding = sum(batch.padding for batch in data.micro_batches)
+    first_stage_share = [(data.samples, tokens, padding, data.dropped)] if _speaks_for_replica() else []
     shares = [share for found in gather_objects(first_stage_share) for share in found]
-    dropped: list[Dropped] = [d for share in shares for d in share[2]]
+    pairs, tokens, padding = (sum(share[i] for share in shares) for i in range(3))
+    dropped: list[Dropped] = [d for share in shares for d in share[3]]
     if not is_main_process():
         return
     session.folder.log(
@@ -174,8 +176,9 @@ def _record(session: Session, data: StepData, result: StepResult, step_seconds: 
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "pairs": sum(share[0] for share in shares),
-            "tokens": sum(share[1] for share in shares),
+            "pairs": pairs,
+            "tokens": tokens,
+            "padding_share": padding / (tokens + padding),
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "dropped": len(dropped),

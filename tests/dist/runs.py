@@ -37,7 +37,7 @@ def config_tree(world: Path, out: Path) -> dict[str, Any]:
         "objective": {"kind": "dpo", "beta": 0.5},
         "data": {"shards": [str(world / "pairs")], "sequence_length": 128},
         "optimizer": {"learning_rate": 1e-3, "warmup_fraction": 0.1},
-        "batch": {"global_size": 12, "micro_size": 3, "steps": 9},
+        "batch": {"global_size": 12, "micro_tokens": 256, "steps": 9},
         "precision": {"compute": "fp32"},
         "checkpoints": {"every": 4, "keep": 10},
     }

@@ -126,8 +126,10 @@ def _answer_logits(model: VisionLanguageModel, batch: PackedBatch, hidden: Tenso
 
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden)
-    whole: Tensor = gather_from_tensor_model_parallel_region(model.llm.logits(hidden[batch.predictors]))
-    return whole[:, 0, : model.arch.head.vocabulary]
+    weight = model.llm.output_layer.weight
+    weight = model.llm.shared_embedding_or_output_weight() if weight is None else weight
+    whole: Tensor = gather_from_tensor_model_parallel_region(hidden[batch.predictors, 0] @ weight.t())
+    return whole[:, : model.arch.head.vocabulary]
 
 
 def stage_of_rank() -> tuple[int, int]:
@@ -148,7 +150,7 @@ def run_config(
         optimizer=Optimizer(
             learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, epsilon=1e-4, clip_gradient=CLIP
         ),
-        batch=Batch(global_size=8, micro_size=4, steps=10),
+        batch=Batch(global_size=8, micro_tokens=4096, steps=10),
         layout=layout,
         precision=Precision("fp32"),
         parameters=rules,

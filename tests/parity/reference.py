@@ -60,11 +60,7 @@ def make_pairs(
         has_image = n not in text_only
         prefix = (*before, *[0] * (image_tokens if has_image else 0), *after)
         branches = tuple(Branch(answer, (True,) * len(answer)) for answer in (ids(1, 9), ids(1, 9)))
-        pairs.append(
-            Tokenized(
-                f"pair-{n}", prefix, branches, len(before) if has_image else None, image_tokens if has_image else 0
-            )
-        )
+        pairs.append(Tokenized(f"pair-{n}", prefix, branches, (len(before),) if has_image else (), image_tokens))
     return pairs
 
 
@@ -97,11 +93,11 @@ class Reference(torch.nn.Module):
     def branch_logits(self, sample: Tokenized, branch: Branch, pixels: Tensor | None) -> Tensor:
         """`[len(branch), vocabulary]`: logits that predict the branch's tokens, over a sequence of this branch alone."""
         embeddings = self.llm.get_input_embeddings()(torch.tensor([sample.prefix + branch.ids]))
-        if sample.image_at is not None:
+        if sample.images:
             assert pixels is not None
+            at = sample.images[0]
             features = self.image_features(pixels[None])
-            end = sample.image_at + sample.image_tokens
-            embeddings = torch.cat([embeddings[:, : sample.image_at], features, embeddings[:, end:]], dim=1)
+            embeddings = torch.cat([embeddings[:, :at], features, embeddings[:, at + sample.image_tokens :]], dim=1)
         logits: Tensor = self.llm(inputs_embeds=embeddings).logits[0]
         return logits[len(sample.prefix) - 1 : -1]
 
@@ -118,7 +114,7 @@ class Reference(torch.nn.Module):
 def images_of(samples: Sequence[Tokenized], pixels: Tensor) -> list[Tensor | None]:
     """Each sample's own image, taken in order from `pixels`."""
     queue = iter(pixels)
-    return [next(queue) if s.image_at is not None else None for s in samples]
+    return [next(queue) if s.images else None for s in samples]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivot_megatron.data.packing import pack, visible_places
+from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from tests import matrix
 from tests.harness import Workers
@@ -62,25 +62,12 @@ def test_one_image_does_not_see_another(layout, world, workers: Workers, checkpo
     assert not any(torch.equal(a, b) for a, b in zip(before[1], after[1]))
 
 
-def test_visibility_by_definition() -> None:
-    """A place sees the prefix and its own branch up to itself; the mask written out by hand for prefix 2, branches 2 and 1."""
-    expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],  # padding sees itself
-    ]
-    assert torch.equal(visible_places(2, [2, 1], 6).int(), torch.tensor(expected, dtype=torch.int32))
-
-
 def test_pack_layout() -> None:
     """Positions of both branches go on from the prefix, and a branch's first token is predicted from the prefix's last."""
     pair = Tokenized(
-        "a", (5, 0, 0, 6), (Branch((7, 8), (True, True)), Branch((9,), (True,))), image_at=1, image_tokens=2
+        "a", (5, 0, 0, 6), (Branch((7, 8), (True, True)), Branch((9,), (True,))), images=(1,), image_tokens=2
     )
-    text = Tokenized("b", (1,), (Branch((2, 3), (False, True)), Branch((4,), (True,))), image_at=None, image_tokens=0)
+    text = Tokenized("b", (1,), (Branch((2, 3), (False, True)), Branch((4,), (True,))), images=(), image_tokens=0)
     batch = pack([pair, text], [torch.ones(3, 4, 4)], branches_per_sample=2, image_size=4, multiple=8)
     assert batch.tokens.tolist() == [5, 0, 0, 6, 7, 8, 9, 1, 2, 3, 4, 0, 0, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 0, 1, 2, 1, 0, 0, 0, 0, 0]
@@ -88,9 +75,11 @@ def test_pack_layout() -> None:
     assert batch.predictors.tolist() == [3, 4, 3, 8, 7]
     assert batch.targets.tolist() == [7, 8, 9, 3, 4]
     assert batch.branch.tolist() == [0, 0, 1, 2, 3]
-    assert batch.rows.tolist() == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0, 0]]
-    assert batch.places.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0, 0, 0, 0]
-    assert (batch.samples, batch.branches, batch.length) == (2, 4, 11)
+    # Prefix and chosen see themselves; rejected sees the prefix and itself; padding sees itself.
+    assert batch.segments == ((6, 6), (1, 5), (3, 3), (1, 2), (5, 5))
+    assert batch.key_index.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9, 7, 10, 11, 12, 13, 14, 15]
+    assert batch.query_ends.tolist() == [0, 6, 7, 10, 11, 16] and batch.key_ends.tolist() == [0, 6, 11, 14, 16, 21]
+    assert (batch.samples, batch.branches, batch.length, batch.padding) == (2, 4, 11, 5)
 
 
 def test_empty_pack_is_padding() -> None:

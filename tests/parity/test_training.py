@@ -161,7 +161,7 @@ def test_untied_head_with_overlap(layout, world, workers: Workers, tmp_path: Pat
 
 
 def one_branch(pair: Tokenized) -> Tokenized:
-    return Tokenized(pair.key, pair.prefix, pair.branches[:1], pair.image_at, pair.image_tokens)
+    return Tokenized(pair.key, pair.prefix, pair.branches[:1], pair.images, pair.image_tokens)
 
 
 STAGES = {

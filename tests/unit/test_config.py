@@ -28,7 +28,7 @@ VALID: dict[str, Any] = {
     "objective": {"kind": "dpo"},
     "data": {"shards": ["s"]},
     "optimizer": {"learning_rate": "1e-6"},
-    "batch": {"global_size": 8, "micro_size": 2, "epochs": 3},
+    "batch": {"global_size": 8, "micro_tokens": 4096, "epochs": 3},
     "parameters": [{"match": "encoder.*", "rate": "frozen"}],
 }
 
@@ -245,8 +245,9 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
         ("model.llm", {}, "model.llm"),
         ("model.projector.hf", "p", "model.projector.hf"),
         ("model.encoder.feature_layer", 3, "model.encoder.feature_layer"),
-        ("batch.micro_size", 0, "batch"),
-        ("batch.micro_size", 3, "batch.global_size"),
+        ("batch.global_size", 0, "batch.global_size"),
+        ("batch.micro_tokens", 4095, "batch.micro_tokens"),
+        ("batch.micro_images", 1, "batch.micro_images"),
         ("batch.steps", 5, "batch"),
         ("batch.epochs", None, "batch"),
         ("batch.epochs", -1, "batch.epochs"),

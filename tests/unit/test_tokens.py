@@ -64,8 +64,8 @@ def test_image_mark_is_added_once(question: str) -> None:
 
 def test_tokens_of_a_pair(tokenizer: Any) -> None:
     tokens = make(tokenizer)(pair())
-    assert tokens.image_at is not None
-    before, after = tokens.prefix[: tokens.image_at], tokens.prefix[tokens.image_at + IMAGE_TOKENS :]
+    (at,) = tokens.images
+    before, after = tokens.prefix[:at], tokens.prefix[at + IMAGE_TOKENS :]
     assert tokenizer.decode(before) == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert tokenizer.decode(after) == "\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(b.ids) for b in tokens.branches] == ["A cat.<|im_end|>", "A dog.<|im_end|>"]
@@ -74,7 +74,7 @@ def test_tokens_of_a_pair(tokenizer: Any) -> None:
 
 def test_text_only_pair_has_no_image(tokenizer: Any) -> None:
     tokens = make(tokenizer)(pair(image=None))
-    assert tokens.image_at is None and tokens.image_tokens == 0
+    assert tokens.images == ()
     assert tokenizer.decode(tokens.prefix).endswith("user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")
 
 

@@ -1,0 +1,54 @@
+"""Micro-batches: within the budget, nothing lost, even in work, and the same for everyone who asks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pivot_megatron.data.plan import Size, plan_micro_batches
+
+SIZES = st.lists(st.builds(Size, st.integers(1, 50), st.integers(0, 2), st.floats(1, 1e3)), max_size=40)
+
+
+@given(SIZES, st.integers(1, 5), st.integers(50, 200), st.one_of(st.none(), st.integers(2, 6)))
+def test_every_sample_once_within_the_budget(sizes, ranks, tokens, images) -> None:
+    plan = plan_micro_batches(sizes, ranks, tokens, images)
+    assert len(plan) == ranks and len({len(batches) for batches in plan}) == 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(sizes)))
+    for batches in plan:
+        for batch in batches:
+            assert sum(sizes[i].tokens for i in batch) <= tokens and batch == sorted(batch)
+            assert images is None or sum(sizes[i].images for i in batch) <= images
+
+
+@given(st.lists(st.floats(1, 1e3), min_size=1, max_size=40), st.integers(1, 6))
+def test_work_is_within_grahams_bound(work, bins) -> None:
+    plan = plan_micro_batches([Size(1, 0, w) for w in work], bins, 1000, None)
+    loads = [sum(work[i] for i in batch) for batches in plan for batch in batches]
+    # No schedule does better than the lower bound; list scheduling in any order keeps to the upper (Graham 1966).
+    assert max(loads) <= (sum(work) - max(work)) / bins + max(work) + 1e-9
+    assert max(loads) >= max(sum(work) / bins, max(work)) - 1e-9
+
+
+def test_known_schedule() -> None:
+    """Seven jobs on three machines, Graham's worst case for longest-first: 11 where 9 is best."""
+    sizes = [Size(1, 0, w) for w in (5, 5, 4, 4, 3, 3, 3)]
+    plan = plan_micro_batches(sizes, 3, 10, None)
+    assert sorted(sum(sizes[i].flops for i in batch) for (batch,) in plan) == [8, 8, 11]
+
+
+def test_more_micro_batches_where_one_is_too_small() -> None:
+    sizes = [Size(60, 1, 1.0)] * 4
+    assert [len(batches) for batches in plan_micro_batches(sizes, 1, 100, None)] == [4]
+    assert [len(batches) for batches in plan_micro_batches(sizes, 2, 120, None)] == [1, 1]
+    assert [len(batches) for batches in plan_micro_batches(sizes, 2, 1000, 1)] == [2, 2]
+
+
+def test_no_samples_still_make_a_micro_batch_a_rank() -> None:
+    assert plan_micro_batches([], 3, 10, None) == [[[]], [[]], [[]]]
+
+
+def test_a_sample_past_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="sample 1 takes 11 tokens"):
+        plan_micro_batches([Size(3, 0, 1.0), Size(11, 0, 1.0)], 1, 10, None)

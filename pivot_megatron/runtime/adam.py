@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -55,23 +55,29 @@ class GroupStepAdam(torch.optim.Optimizer):
             self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
-        correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
         grads = [p.grad.to(p.dtype) for p in params if p.grad is not None]
-        means = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
-        if group["weight_decay"] and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        elif group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        scale = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scale, math.sqrt(correction2))
-        torch._foreach_add_(scale, group["eps"])
-        torch._foreach_addcdiv_(params, means, scale, value=-group["lr"] / correction1)
+        weight_decay = group["weight_decay"]
+        if weight_decay and not self.adam_w_mode:
+            grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+        if not group["bias_correction"]:
+            raise ValueError("Adam without bias correction is not offered")
+        # torch's one-pass kernel: the update is bound by memory, and written out in steps it reads everything six times.
+        adamw(
+            params,
+            grads,
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(group["step"] - 1, dtype=torch.float32, device=p.device) for p in params],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=weight_decay if self.adam_w_mode else 0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def install() -> None:

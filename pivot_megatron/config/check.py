@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pivot_megatron.config.schema import Component, Layout, RunConfig
+from pivot_megatron.config.schema import Component, Dpo, Layout, RunConfig
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -97,6 +97,24 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             yield f"parameters.{i}.rate: a positive factor or `frozen`, found {rule.rate}"
 
 
+def _losses(objective: Dpo) -> Iterator[str]:
+    losses, smoothing = objective.losses, objective.label_smoothing
+    if not losses:
+        yield "objective.losses: at least one loss with its weight, such as {sigmoid: 1.0}, found none"
+    for name, weight in losses.items():
+        if weight <= 0:
+            yield f"objective.losses.{name}: must be positive (leave out what has no weight), found {weight}"
+    if set(losses) == {"sft"}:
+        yield "objective.losses: `sft` alone compares no answers; use `kind: sft`, which needs no reference model"
+    if "robust" in losses and smoothing == 0:
+        yield "objective.label_smoothing: `robust` needs the share of flipped pairs, more than 0 and under 0.5, found 0"
+    if losses and smoothing and not losses.keys() & {"sigmoid", "robust"}:
+        yield (
+            f"objective.label_smoothing: acts on `sigmoid` and `robust` alone, "
+            f"found {smoothing} with {', '.join(losses)}; leave it out"
+        )
+
+
 def _objective(config: RunConfig) -> Iterator[str]:
     objective = config.objective
     if objective.kind == "dpo":
@@ -104,8 +122,7 @@ def _objective(config: RunConfig) -> Iterator[str]:
             yield f"objective.beta: must be positive, found {objective.beta}"
         if not 0 <= objective.label_smoothing < 0.5:
             yield f"objective.label_smoothing: must be in [0, 0.5), found {objective.label_smoothing}"
-        if objective.sft_weight < 0:
-            yield f"objective.sft_weight: must not be negative, found {objective.sft_weight}"
+        yield from _losses(objective)
         if config.data.too_long == "truncate":
             yield "data.too_long: `truncate` would cut answers whose whole log-prob DPO compares; use `drop`"
     if config.data.sequence_length < 1:

@@ -26,6 +26,7 @@ _EXPECTED: Mapping[str, str] = {
     "path_type": "a path",
     "tuple_type": "a list",
     "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
     "invalid_key": "a key that is text",
 }

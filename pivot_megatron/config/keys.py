@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from pivot_megatron.config.schema import RunConfig
 
 _NAMES: Mapping[Any, str] = {
@@ -78,13 +80,17 @@ def _type_name(kind: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}s"
+    if origin is Mapping:
+        return f"mapping of {_type_name(arguments[0])} to a {_type_name(arguments[1])}"
     return "mapping" if is_dataclass(kind) else _NAMES[kind]
 
 
 def _default(field: Field[Any], has_parts: bool) -> str | None:
     if field.default is MISSING:
+        if field.default_factory is MISSING:
+            return None
         # A mapping that may be left out is filled from its own keys' defaults.
-        return "" if field.default_factory is not MISSING else None
+        return "" if has_parts else yaml.safe_dump(field.default_factory(), default_flow_style=True).strip()
     if has_parts:
         return "[]"
     if field.default is None or isinstance(field.default, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -58,6 +59,9 @@ class ParameterRule(Strict):
     rate: float | Literal["frozen"]
 
 
+PairLoss = Literal["sigmoid", "robust", "hinge", "ipo", "bco", "sft"]
+
+
 @dataclass(frozen=True)
 class Sft(Strict):
     """Mean negative log-likelihood per answer token, over the first branch (the chosen answer of a pair)."""
@@ -67,12 +71,23 @@ class Sft(Strict):
 
 @dataclass(frozen=True)
 class Dpo(Strict):
-    """Sigmoid DPO (Rafailov et al. 2023, eq. 7) with label smoothing (conservative DPO) and an optional SFT term."""
+    """A weighted sum of losses over pairs. `losses` maps each one's name to its weight:
+
+    - `sigmoid`: DPO (Rafailov et al. 2023, eq. 7), with `label_smoothing` conservative DPO.
+    - `robust`: DPO that is unbiased where `label_smoothing` of the pairs are flipped (Chowdhury et al. 2024).
+    - `hinge`: nothing is lost once the reward margin reaches 1 (SLiC, Zhao et al. 2023).
+    - `ipo`: Azar et al. 2024, eq. 17, `beta` as its tau, each log-ratio divided by its answer's tokens, as its authors do.
+    - `bco`: each answer classified against the mean reward of all earlier steps (Jung et al. 2024), 0 in the first.
+    - `sft`: mean negative log-likelihood per token of the chosen answer, pair by pair.
+
+    InternVL's MPO is `{sigmoid: 0.8, bco: 0.2, sft: 1.0}`. A file merges its losses into its bases' key by key; on the
+    command line `objective.losses={ipo: 1.0}` replaces them.
+    """
 
     kind: Literal["dpo"] = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    sft_weight: float = 0.0
+    losses: Mapping[PairLoss, float] = field(default_factory=lambda: {"sigmoid": 1.0})
 
 
 @dataclass(frozen=True)

@@ -11,4 +11,4 @@ from pivot_megatron.objective.types import Objective
 def build_objective(config: Sft | Dpo) -> Objective:
     if config.kind == "sft":
         return SftObjective()
-    return DpoObjective(config.beta, config.label_smoothing, config.sft_weight)
+    return DpoObjective(config.beta, config.label_smoothing, config.losses)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -51,3 +51,16 @@ class Objective(Protocol):
     def metric_names(self) -> tuple[str, ...]: ...
 
     def __call__(self, answers: AnswerLogprobs) -> LossSum: ...
+
+    @property
+    def state(self) -> Mapping[str, float]:
+        """What is kept from step to step, saved with a checkpoint; empty for an objective that keeps nothing."""
+        ...
+
+    def restored(self, state: Mapping[str, float]) -> Self:
+        """This objective with another's `state`."""
+        ...
+
+    def observed(self, metrics: Mapping[str, float], count: int) -> Self:
+        """This objective after a step: `metrics` are means over `count`, both over all ranks, and so is what is kept."""
+        ...

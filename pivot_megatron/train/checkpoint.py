@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ class Progress:
     """Where a run stands: `step` optimizer steps are done.
 
     `decided`: what the losses of a run follow from, by config key, with the fingerprint of its data; `start`: the very
-    checkpoints that components began from, which a reference model is read from again.
+    checkpoints that components began from, which a reference model is read from again; `objective`: its state.
     """
 
     step: int
     decided: Mapping[str, str]
     start: Mapping[str, str]
+    objective: Mapping[str, float] = field(default_factory=dict)
 
 
 def decided_by(config: RunConfig, data: str) -> dict[str, str]:
@@ -50,7 +52,8 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
         "seed": str(config.seed),
         "data.shards": data,
         "data": str(dataclasses.replace(config.data, shards=())),
-        "objective": str(config.objective),
+        # By sorted keys: the order of a mapping in the YAML decides nothing.
+        "objective": json.dumps(asdict(config.objective), sort_keys=True),
         "optimizer": str(config.optimizer),
         "parameters": str(config.parameters),
         "precision": str(config.precision),

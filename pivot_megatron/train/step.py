@@ -79,6 +79,11 @@ def _loss(objective: Objective, micro: MicroBatch, logprobs: Tensor) -> tuple[Te
     return result.total, counted, {"loss": result.total.detach(), "count": counted, **result.metrics}
 
 
+def observed(objective: Objective, result: StepResult) -> Objective:
+    """`objective` after a step, the same on every rank; unmoved where the step was not applied."""
+    return objective.observed(result.metrics, result.count) if result.applied else objective
+
+
 def train_step(
     wrapped: DistributedDataParallel,
     optimization: Optimization,

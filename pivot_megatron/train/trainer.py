@@ -39,7 +39,7 @@ from pivot_megatron.train.checkpoint import (
 )
 from pivot_megatron.train.optimizer import Optimization, apply_rules, build_optimization, wrap
 from pivot_megatron.train.run_folder import RunFolder, environment
-from pivot_megatron.train.step import StepResult, train_step
+from pivot_megatron.train.step import StepResult, observed, train_step
 
 Report = Callable[[int, int, StepResult], None]
 """Called on the main process after each step with (steps done, steps in all, result)."""
@@ -72,6 +72,7 @@ def train(config: RunConfig, report: Report = lambda *_: None) -> int:
             result = train_step(
                 session.wrapped, session.optimization, session.objective, data.micro_batches, session.reference
             )
+            session.objective = observed(session.objective, result)
             session.done += 1
             made += 1
             _record(session, data, result, step_seconds=time.perf_counter() - started + waited, data_seconds=waited)
@@ -103,7 +104,7 @@ def _prepare(config: RunConfig) -> Session:
     description = dataclasses.replace(describe_start(model_start), template=config.data.template)
     arch = description.architecture()
     check_layout_fits(arch, config.layout)
-    objective = build_objective(config.objective)
+    objective: Objective = build_objective(config.objective)
     rank, size = data_parallel()
     loader = build_loader(
         config,
@@ -118,7 +119,8 @@ def _prepare(config: RunConfig) -> Session:
     )
     steps = total_steps(config, len(loader.samples))
     decided = decided_by(config, loader.samples.fingerprint)
-    done = checked_progress(newest, decided).step if newest else 0
+    standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
+    done = standing.step
     if is_main_process():
         folder.create(config, environment(str(current_platform().device), dist.get_world_size()))
     dist.barrier()
@@ -135,9 +137,18 @@ def _prepare(config: RunConfig) -> Session:
         checkpointer.load(newest, wrapped, optimization)
     if is_main_process():
         folder.rewind(done)
-    standing = Progress(done, decided, checkpoints_of(model_start))
     return Session(
-        config, folder, loader, steps, objective, wrapped, optimization, reference, checkpointer, standing, done
+        config,
+        folder,
+        loader,
+        steps,
+        objective.restored(standing.objective),
+        wrapped,
+        optimization,
+        reference,
+        checkpointer,
+        standing,
+        done,
     )
 
 
@@ -204,5 +215,5 @@ def _require_finite(session: Session, result: StepResult) -> None:
 
 
 def _save(session: Session) -> None:
-    progress = dataclasses.replace(session.standing, step=session.done)
+    progress = dataclasses.replace(session.standing, step=session.done, objective=session.objective.state)
     session.checkpointer.save(session.wrapped, session.optimization, progress)

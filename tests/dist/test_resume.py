@@ -154,6 +154,26 @@ def test_a_config_that_changed_is_refused(workers: Workers, unbroken: Path, data
     assert (unbroken / "config.yaml").read_text() == before
 
 
+def test_the_reward_baseline_goes_on(workers: Workers, data: Path, tmp_path: Path) -> None:
+    """Saved by a rank without a loss of its own (the first stage), read back exactly, and at another layout."""
+    tree = config_tree(data, tmp_path / "run")
+    tree["objective"] = {"kind": "dpo", "beta": 0.5, "losses": {"sigmoid": 0.8, "bco": 0.2, "sft": 1.0}}
+    tree["batch"]["steps"] = 6
+    config = write_config(tmp_path / "run.yaml", tree)
+    workers.run(train_at, None, 2, config, Layout(pipeline=2))
+    whole = read_metrics(tmp_path / "run")
+    rewards = [(line["chosen_rewards"] + line["rejected_rewards"]) / 2 for line in whole]
+    for step, line in enumerate(whole):
+        assert line["reward_baseline"] == pytest.approx(sum(rewards[:step]) / max(step, 1), rel=1e-5, abs=1e-9)
+    assert abs(whole[4]["reward_baseline"]) > 1e-3
+    for layout, tolerance in ((Layout(pipeline=2), 0.0), (Layout(), 1e-4)):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+        assert workers.run(train_at, None, 2, config, layout) == [2, 2]
+        again = read_metrics(tmp_path / "run")
+        for name in ("loss", "reward_baseline"):
+            assert [line[name] for line in again] == pytest.approx([line[name] for line in whole], rel=tolerance, abs=0)
+
+
 @pytest.mark.slow
 def test_bf16_goes_on_at_another_layout(workers: Workers, data: Path, tmp_path: Path) -> None:
     """bf16 with fp32 masters: resumed bit for bit at its own layout, and within bf16's rounding at another."""

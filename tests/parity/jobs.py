@@ -47,7 +47,7 @@ from pivot_megatron.families.registry import encoder_architecture, head_architec
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
-from pivot_megatron.train.step import train_step
+from pivot_megatron.train.step import observed, train_step
 
 NOTHING_AGAIN = Recompute()
 
@@ -213,7 +213,10 @@ def train_steps(
         return plain_step()
 
     optimization.optimizer.step = keep_gradients
-    results = [train_step(wrapped, optimization, judge, batches, reference) for _ in range(steps)]
+    results = []
+    for _ in range(steps):
+        results.append(train_step(wrapped, optimization, judge, batches, reference))
+        judge = observed(judge, results[-1])
     if layout.overlap_parameter_gather:
         wrapped.start_param_sync(force_sync=True)
     return {"gradients": gradients, "weights": hf_tensors(model), "results": results}

@@ -44,9 +44,11 @@ def shares(layout: Layout, world: int) -> jobs.Shares:
     return [all_batches] if replicas == 1 else [all_batches[:2], all_batches[2:]]
 
 
-def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo) -> tuple[Tensor, int]:
+def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo, seen: list[float]) -> Tensor:
+    """`seen`: the rewards of earlier steps, to which this step's are added."""
     pairs, pixels = the_pairs()
     total, count = torch.zeros(()), 0
+    baseline = sum(seen) / max(len(seen), 1)
     for pair, image in zip(pairs, images_of(pairs, pixels)):
         if objective.kind == "sft":
             chosen = model.branch_logprobs(pair, image)[0]
@@ -55,16 +57,26 @@ def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo) ->
         policy = [x.sum() for x in model.branch_logprobs(pair, image)]
         with torch.no_grad():
             fixed = [x.sum() for x in frozen.branch_logprobs(pair, image)]
-        margin = objective.beta * ((policy[0] - fixed[0]) - (policy[1] - fixed[1]))
+        lengths = [len(branch.ids) for branch in pair.branches]
+        won, lost = (objective.beta * (p - f) for p, f in zip(policy, fixed))
+        prefers = torch.sigmoid(won - lost)
         smooth = objective.label_smoothing
-        loss = -(1 - smooth) * torch.log(torch.sigmoid(margin)) - smooth * torch.log(torch.sigmoid(-margin))
-        sft = -policy[0] / len(pair.branches[0].ids)
-        total, count = total + loss + objective.sft_weight * sft, count + 1
-    return total / count, count
+        per_token = (won / lengths[0] - lost / lengths[1]) / objective.beta
+        values = {
+            "sigmoid": -(1 - smooth) * torch.log(prefers) - smooth * torch.log(1 - prefers),
+            "robust": (-(1 - smooth) * torch.log(prefers) + smooth * torch.log(1 - prefers)) / (1 - 2 * smooth),
+            "hinge": torch.clamp(1 - (won - lost), min=0),
+            "ipo": (per_token - 0.5 / objective.beta) ** 2,
+            "bco": -torch.log(torch.sigmoid(won - baseline)) - torch.log(1 - torch.sigmoid(lost - baseline)),
+            "sft": -policy[0] / lengths[0],
+        }
+        total, count = total + sum(weight * values[name] for name, weight in objective.losses.items()), count + 1
+        seen += [float(won), float(lost)]
+    return total / count
 
 
 def reference_training(
-    encoder: Path, head: Path, objective: Sft | Dpo, trainable: tuple[str, ...] = ("",)
+    encoder: Path, head: Path, objective: Sft | Dpo, trainable: tuple[str, ...] = ("",), steps: int = STEPS
 ) -> dict[str, Any]:
     """`trainable`: prefixes of hub names."""
     parts = projector_parts(encoder, head)
@@ -75,9 +87,10 @@ def reference_training(
     optimizer = torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0)
     gradients: dict[str, Tensor] = {}
     losses, norms = [], []
-    for _ in range(STEPS):
+    rewards: list[float] = []
+    for _ in range(steps):
         optimizer.zero_grad()
-        loss, _ = reference_loss(model, frozen, objective)
+        loss = reference_loss(model, frozen, objective, rewards)
         loss.backward()
         if not gradients:
             gradients = {hub_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -97,7 +110,7 @@ def hub_name(name: str) -> str:
 
 OBJECTIVES = {
     "dpo": Dpo(beta=0.3),
-    "dpo-smooth-sft": Dpo(beta=0.3, label_smoothing=0.1, sft_weight=0.5),
+    "dpo-smooth-sft": Dpo(beta=0.3, label_smoothing=0.1, losses={"sigmoid": 1.0, "sft": 0.5}),
     "sft": Sft(),
 }
 
@@ -158,6 +171,25 @@ def test_untied_head_with_overlap(layout, world, workers: Workers, tmp_path: Pat
     check(
         workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVES["dpo"], STEPS), wanted
     )
+
+
+LOSSES = {
+    # A beta and a weight at which the baseline moves the loss by much more than the tolerance.
+    "mpo": Dpo(beta=1.0, losses={"sigmoid": 0.8, "bco": 2.0, "sft": 1.0}),
+    "ipo-hinge-robust": Dpo(beta=0.3, label_smoothing=0.1, losses={"ipo": 0.1, "hinge": 0.3, "robust": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", ["mpo", pytest.param("ipo-hinge-robust", marks=pytest.mark.slow)])
+@matrix.layouts(matrix.DP2)
+def test_losses_of_pairs_equal_plain_torch(name, layout, world, workers: Workers, checkpoints) -> None:
+    """Three steps: the first has no baseline, and the second's is 0 since policy and reference began as one."""
+    wanted = reference_training(*checkpoints, LOSSES[name], steps=3)
+    results = workers.run(jobs.train_steps, layout, world, *checkpoints, shares(layout, world), LOSSES[name], 3)
+    check(results, wanted)
+    for result in results:
+        baselines = [step.metrics.get("reward_baseline", 0.0) for step in result["results"]]
+        assert baselines[:2] == [0.0, 0.0] and (baselines[2] != 0) == (name == "mpo")
 
 
 def one_branch(pair: Tokenized) -> Tokenized:

@@ -89,6 +89,13 @@ def test_another_kind_replaces_the_objective_of_the_base(tmp_path: Path) -> None
     assert load_config(same).objective == Dpo(beta=0.3, label_smoothing=0.1)
 
 
+def test_losses_merge_with_a_base_and_are_replaced_on_the_command_line(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", set_key(copy.deepcopy(VALID), "objective.losses", {"sigmoid": "8e-1", "bco": 1}))
+    run = write(tmp_path / "run.yaml", {"base": "base.yaml", "objective": {"losses": {"bco": 0.2, "sft": 1}}})
+    assert load_config(run).objective == Dpo(losses={"sigmoid": 0.8, "bco": 0.2, "sft": 1.0})
+    assert load_config(run, ["objective.losses={ipo: 2}"]).objective == Dpo(losses={"ipo": 2.0})
+
+
 def test_overrides(valid: Path) -> None:
     overrides = [
         "layout.tensor=2",
@@ -169,6 +176,12 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ("learning_rate", 1, "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
         ("objective.beto", 1, "objective.beto: unknown key; did you mean objective.beta?"),
         ("objective", {"kind": "sft", "beta": 1}, "objective.beta: unknown key; the keys here are kind"),
+        (
+            "objective.losses",
+            {"ippo": 1},
+            'objective.losses.ippo: expected "sigmoid", "robust", "hinge", "ipo", "bco" or "sft", found "ippo"',
+        ),
+        ("objective.losses", ["ipo"], 'objective.losses: expected a mapping of keys, found ["ipo"]'),
         ("checkpoints.x", 1, "checkpoints.x: unknown key; the keys here are every, keep"),
         ("objective", {"kind": "ppo"}, 'objective.kind: expected "sft" or "dpo", found "ppo"'),
         ("objective", {}, 'objective.kind: missing; expected "sft" or "dpo"'),
@@ -259,6 +272,16 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
         ("parameters", [{"match": "a", "rate": 0}], "parameters.0.rate"),
         ("objective.beta", 0, "objective.beta"),
         ("objective.label_smoothing", 0.5, "objective.label_smoothing"),
+        ("objective.losses", {}, "objective.losses"),
+        ("objective.losses", {"sigmoid": 1, "bco": 0}, "objective.losses.bco"),
+        ("objective.losses", {"hinge": -1}, "objective.losses.hinge"),
+        ("objective.losses", {"sft": 1}, "objective.losses"),
+        ("objective.losses", {"robust": 1}, "objective.label_smoothing"),
+        (
+            "objective",
+            {"kind": "dpo", "label_smoothing": 0.1, "losses": {"ipo": 1, "bco": 1}},
+            "objective.label_smoothing",
+        ),
         ("data.too_long", "truncate", "data.too_long"),
         ("data.shards", [], "data.shards"),
         ("checkpoints.keep", 0, "checkpoints"),
@@ -311,7 +334,7 @@ PAPER = {
     "1a_align": (Sft(), "llava-558k", "plain", {E: "frozen", "llm.*": "frozen"}, 1e-3, 1, "hf", "hf"),
     "1b_pretrain": (Sft(), "llava-onevision-single-image", "qwen_1_5", {E: 0.2}, 1e-5, 1, "1a_align", "1a_align"),
     "2_dpo": (
-        Dpo(beta=0.1, label_smoothing=0.0, sft_weight=0.0),
+        Dpo(beta=0.1, label_smoothing=0.0),
         "mmpr-20k",
         "qwen_1_5",
         {},
@@ -366,6 +389,13 @@ def test_the_encoder_learns_at_2e_6_in_stage_1b() -> None:
     (rule,) = config.parameters
     assert isinstance(rule.rate, float)
     assert config.optimizer.learning_rate * rule.rate == pytest.approx(2e-6)
+
+
+def test_mpo_differs_from_dpo_as_internvl_has_it() -> None:
+    dpo, mpo = (load_config(RUNS / f"{name}.yaml") for name in ("2_dpo", "2_mpo"))
+    optimizer = replace(dpo.optimizer, learning_rate=2e-7, weight_decay=0.05)
+    objective = Dpo(beta=0.1, losses={"sigmoid": 0.8, "bco": 0.2, "sft": 1.0})
+    assert replace(dpo, name="2_mpo", out=Path("runs/2_mpo"), objective=objective, optimizer=optimizer) == mpo
 
 
 def test_the_sft_control_differs_from_dpo_in_the_objective_and_its_rate_alone() -> None:

@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.add_argument("--processes", type=int, help="processes on this machine (default: one a GPU, or the layout's own)")
 
+    p = verb("reference", _reference, "the reference log-probs of a run, once, beside its shards")
+    p.add_argument("config", type=Path, metavar="RUN.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--processes", type=int, help="processes on this machine (default: one a GPU, or the layout's own)")
+
     _add_convert(verb, verbs)
     _add_data(verb, verbs)
 
@@ -161,21 +166,41 @@ def _check(args: argparse.Namespace) -> int:
     return 2 if wrong else 0
 
 
-def _train(args: argparse.Namespace) -> int:
-    from pivot_megatron.config.load import load_config
-
-    config = load_config(args.config, args.overrides)
+def _launched(verb: str, args: argparse.Namespace, layout: Any) -> int | None:
+    """The exit code of several processes that ran `pivot VERB`; None where this process is one of them, or the only one."""
     if "RANK" not in os.environ:
         from pivot_megatron.runtime.launch import default_processes, launch
 
-        processes = args.processes or default_processes(config.layout)
+        processes = args.processes or default_processes(layout)
         if processes > 1:
             debug = ["--debug"] if args.debug else []
-            return launch(processes, ["train", *debug, str(args.config), *args.overrides])
+            return launch(processes, [verb, *debug, str(args.config), *args.overrides])
     elif args.processes:
         raise UserError(
             "--processes: this process was started by a launcher, which says how many there are; leave it out"
         )
+    return None
+
+
+def _reference(args: argparse.Namespace) -> int:
+    from pivot_megatron.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    if (code := _launched("reference", args, config.layout)) is not None:
+        return code
+    from pivot_megatron.train.trainer import make_reference
+
+    for path in make_reference(config):
+        print(path)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pivot_megatron.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    if (code := _launched("train", args, config.layout)) is not None:
+        return code
     from pivot_megatron.train.progress import show_steps
     from pivot_megatron.train.trainer import train
 

@@ -53,6 +53,7 @@ _MEANINGS: Mapping[str, str] = {
     "Sft.kind": "negative log-likelihood of the answer (a pair's chosen one)",
     "Dpo.kind": "preference optimisation on pairs",
     "Dpo.beta": "strength of the pull towards the reference model; more than 0",
+    "Dpo.reference": "log-probs of the frozen model: `cached` beside the shards, made once where missing; `online`, every step",
     "Dpo.label_smoothing": "share of pairs taken to be labelled the wrong way round, 0 to under 0.5; for `sigmoid`, `robust`",
     "Dpo.losses": "positive weight of each loss that is summed",
     "Data.shards": "folders of tars with an `index.json`, read as one set",

@@ -86,6 +86,7 @@ class Dpo(Strict):
 
     kind: Literal["dpo"] = "dpo"
     beta: float = 0.1
+    reference: Literal["cached", "online"] = "cached"
     label_smoothing: float = 0.0
     losses: Mapping[PairLoss, float] = field(default_factory=lambda: {"sigmoid": 1.0})
 

@@ -11,6 +11,7 @@ import json
 import queue
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from pivot_megatron.model.compat import accepted
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel
 from pivot_megatron.runtime.distributed import is_main_process
 
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -65,6 +66,7 @@ class Description:
             json.dumps(
                 {
                     "format": FORMAT,
+                    "id": uuid.uuid4().hex,  # names these weights to whatever is computed from them
                     "feature_layer": self.feature_layer,
                     "template": self.template,
                     "dtype": _name(dtype),

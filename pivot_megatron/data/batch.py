@@ -31,6 +31,9 @@ class PackedBatch:
     predictors: Tensor  # [N] index of the token whose hidden state predicts the target
     targets: Tensor  # [N] token ids
     branch: Tensor  # [N] branch index over the whole pack: branches_per_sample * sample + branch
+    reference: (
+        Tensor | None
+    )  # [N] float32 log-probs of the targets under the reference model, where they come with the data
     branches_per_sample: int
     length: int  # tokens before the padding
     max_position: int  # highest of `positions`, known on the host

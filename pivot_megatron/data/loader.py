@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -18,10 +18,13 @@ from pivot_megatron.data.images import ImageError, ImageTransform
 from pivot_megatron.data.order import step_indices
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.plan import Size, plan_micro_batches
+from pivot_megatron.data.reference import ReferenceFile
 from pivot_megatron.data.sample import BadSample, Pair, Sample
 from pivot_megatron.data.shards import ShardReader
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, Tokenized
 from pivot_megatron.errors import RunError, UserError
+
+T = TypeVar("T")
 
 
 class PairSet:
@@ -43,12 +46,21 @@ class PairSet:
         return hashlib.sha256("".join(r.fingerprint for r in self._readers).encode()).hexdigest()
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
-        which = bisect.bisect_right(self._ends, index)
-        return self._readers[which], index - (self._ends[which - 1] if which else 0)
+        which, at = self.place(index)
+        return self._readers[which], at
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for reader in self._readers for key in reader.keys]
 
     def key(self, index: int) -> str:
         reader, at = self._locate(index)
         return reader.keys[at]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The folder's number and the sample's position in it."""
+        which = bisect.bisect_right(self._ends, index)
+        return which, index - (self._ends[which - 1] if which else 0)
 
     def read(self, index: int, images: bool = True) -> Sample:
         reader, at = self._locate(index)
@@ -79,7 +91,8 @@ class StepData:
 @dataclass(frozen=True)
 class Loader:
     """`with_images`: whether this rank's pipeline stage runs the encoder; elsewhere no image is read. `flops`: the estimated
-    work of a sample, by which micro-batches are balanced.
+    work of a sample, by which micro-batches are balanced. `reference`: the files of the folders of `samples`, where batches
+    bring their reference log-probs.
 
     A sample that does not fit leaves its place in the batch empty, so that neither the order nor any other rank depends on
     it: losses are sums over what is there. Whether it fits is seen from its text, so every rank decides alike. A sample that
@@ -99,26 +112,21 @@ class Loader:
     rank: int
     size: int
     with_images: bool
+    reference: Sequence[ReferenceFile] = ()
 
     def steps(self, first: int, last: int) -> Iterator[StepData]:
         """Steps `first` to `last` (exclusive), two ahead of what is asked for."""
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="loader") as pool:
-            ahead: list[Future[StepData]] = []
-            for step in range(first, last):
-                ahead.append(pool.submit(self.load, step))
-                if len(ahead) > 2:
-                    yield ahead.pop(0).result()
-            for future in ahead:
-                yield future.result()
+        return _ahead(self.load, range(first, last))
 
     def load(self, step: int) -> StepData:
         indices = step_indices(step, self.global_size, len(self.samples), self.seed)
         digest = hashlib.sha256("\n".join(map(self.samples.key, indices)).encode()).hexdigest()[:16]
         return self._loaded(step, indices, digest)
 
-    def in_order(self, first: int, last: int) -> StepData:
-        """Samples `first` to `last` (exclusive) as they lie in the shards, in micro-batches like a step's."""
-        return self._loaded(0, range(first, last), "")
+    def in_order(self, first: int, last: int) -> Iterator[StepData]:
+        """Samples `first` to `last` (exclusive) as they lie in the shards, a global batch at a time."""
+        runs = [range(at, min(at + self.global_size, last)) for at in range(first, last, self.global_size)]
+        return _ahead(lambda run: self._loaded(run.start, run, ""), runs)
 
     def _loaded(self, step: int, indices: Sequence[int], digest: str) -> StepData:
         """Every rank tokenizes the whole batch, for the plan follows from all lengths, and reads its own share's images."""
@@ -152,7 +160,15 @@ class Loader:
                     pixels.append(self._pixels(sample.key, image))
                 index.append(known[digest])
         samples = [sample for _, sample in chosen]
-        return pack(samples, pixels, self.tokenize.branches, self.transform.image_size, self.pack_multiple, index)
+        batch = pack(samples, pixels, self.tokenize.branches, self.transform.image_size, self.pack_multiple, index)
+        return replace(batch, reference=self._reference(chosen)) if self.reference else batch
+
+    def _reference(self, chosen: Sequence[tuple[int, Tokenized]]) -> torch.Tensor:
+        found = [torch.zeros(0)]
+        for index, sample in chosen:
+            folder, position = self.samples.place(index)
+            found.append(self.reference[folder].logprobs(position, sample))
+        return torch.cat(found)
 
     def _images(self, index: int, count: int) -> list[bytes]:
         """The encoded images of a sample, in the order of its places; empty where this rank needs none."""
@@ -174,6 +190,17 @@ class Loader:
             return self.transform(image, self.image_backend)
         except ImageError as error:
             raise RunError(f"data.shards: sample {key}: bad_image: {error}; mend or remove it") from None
+
+
+def _ahead(load: Callable[[T], StepData], arguments: Iterable[T]) -> Iterator[StepData]:
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="loader") as pool:
+        ahead: list[Future[StepData]] = []
+        for argument in arguments:
+            ahead.append(pool.submit(load, argument))
+            if len(ahead) > 2:
+                yield ahead.pop(0).result()
+        for future in ahead:
+            yield future.result()
 
 
 @contextmanager

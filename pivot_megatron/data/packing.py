@@ -72,6 +72,7 @@ def pack(
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         branch=torch.tensor(branch_index, dtype=torch.long),
+        reference=None,
         branches_per_sample=branches_per_sample,
         length=length,
         max_position=max(positions, default=0),

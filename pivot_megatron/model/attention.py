@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pivot_megatron.data.batch import PackedBatch
+from pivot_megatron.model.rotary import Rotation
 from pivot_megatron.runtime.attention import Heads, Spans, build_kernel
 
 
@@ -25,13 +26,16 @@ class Segments(PackedSeqParams):
 
     spans: Spans = field(default_factory=Spans)
     key_index: Tensor | None = None
+    rotation: Rotation | None = None
 
 
-def answer_segments(batch: PackedBatch) -> Segments:
-    """Every branch with its prefix, as PackedBatch lays them out."""
-    spans = Spans(batch.segments, batch.query_ends, batch.key_ends)
+def answer_segments(batch: PackedBatch, rotation: Rotation) -> Segments:
+    """Every branch with its prefix, as PackedBatch lays them out, turned to each token's own position."""
     return Segments(
-        spans=spans, key_index=batch.key_index, **_one_sequence(batch.positions.numel(), batch.tokens.device)
+        qkv_format="thd",
+        spans=Spans(batch.segments, batch.query_ends, batch.key_ends),
+        key_index=batch.key_index,
+        rotation=rotation,
     )
 
 
@@ -39,19 +43,7 @@ def image_segments(images: int, length: int, tokens: int, device: torch.device) 
     """`images` segments of `length` tokens each, then padding up to `tokens`."""
     lengths = [length] * images + ([tokens - images * length] if tokens > images * length else [])
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    return Segments(spans=Spans(tuple((n, n) for n in lengths), ends, ends), **_one_sequence(tokens, device))
-
-
-def _one_sequence(tokens: int, device: torch.device) -> dict[str, Any]:
-    """Fields that make megatron-core rotate all `tokens` as one sequence: their true positions are in the rotary table."""
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-    return {
-        "qkv_format": "thd",
-        "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_kv": cu_seqlens,
-        "max_seqlen_q": tokens,
-        "max_seqlen_kv": tokens,
-    }
+    return Segments(qkv_format="thd", spans=Spans(tuple((n, n) for n in lengths), ends, ends))
 
 
 class SegmentAttention(MegatronModule):
@@ -95,6 +87,8 @@ class SegmentAttention(MegatronModule):
         """`[T, n * d]`."""
         if not isinstance(packed_seq_params, Segments):
             raise TypeError(f"SegmentAttention needs Segments, got {type(packed_seq_params).__name__}")
+        if (rotation := packed_seq_params.rotation) is not None:
+            query, key = rotation(query), rotation(key)
         if (picked := packed_seq_params.key_index) is not None:
             # index_select: its backward adds rows up in a third less time than that of key[picked].
             key, value = key.index_select(0, picked), value.index_select(0, picked)

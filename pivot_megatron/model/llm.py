@@ -12,6 +12,7 @@ from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.families.architecture import HeadArchitecture
 from pivot_megatron.model.attention import answer_segments
 from pivot_megatron.model.freeze import reaching
+from pivot_megatron.model.rotary import Rotation
 from pivot_megatron.model.specs import causal_block
 from pivot_megatron.model.vocabulary import TargetLogprobs, WordEmbeddings
 
@@ -64,12 +65,12 @@ class LanguageModel(GPTModel):
         return logprobs
 
     def hidden_states(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:
-        # A pack's rotary table is the plain one, read at each token's own position: branches restart after their prefix.
-        table = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)
+        # The plain rotary table, read at each token's own position, for branches go on from their prefix. It is applied in the
+        # core attention: megatron-core's own rotation keeps four tensors a layer, and counts positions along the pack.
+        angles = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)[batch.positions]
         out: Tensor = self.decoder(
             hidden_states=embeddings if embeddings is None else reaching(embeddings, self.decoder),
             attention_mask=None,
-            rotary_pos_emb=table[batch.positions],
-            packed_seq_params=answer_segments(batch),
+            packed_seq_params=answer_segments(batch, Rotation.at(angles, self.config.params_dtype)),
         )
         return out

@@ -22,6 +22,7 @@ from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchit
 from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
 from pivot_megatron.model.attention import SegmentAttention
 from pivot_megatron.model.compat import mlp_spec
+from pivot_megatron.model.swiglu import SwiGlu
 from pivot_megatron.runtime.device import require_fp8
 from pivot_megatron.runtime.layers import LayerModules, layer_modules
 
@@ -36,7 +37,8 @@ _FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "
 
 def mlp_submodules(modules: LayerModules, norm_before: bool) -> MLPSubmodules:
     first = modules.first_linear if norm_before else modules.column_linear
-    return MLPSubmodules(linear_fc1=first, linear_fc2=modules.row_linear)
+    # megatron-core builds the activation only where a config has use_te_activation_func: the head's has.
+    return MLPSubmodules(linear_fc1=first, linear_fc2=modules.row_linear, activation_func=SwiGlu)
 
 
 def layer_spec(mask: AttnMaskType) -> ModuleSpec:
@@ -157,6 +159,7 @@ def head_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn,
         gated_linear_unit=True,
+        use_te_activation_func=True,  # the layer spec's own activation, of whatever make
         activation_func=silu,
         add_bias_linear=False,
         add_qkv_bias=True,

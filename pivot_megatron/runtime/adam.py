@@ -29,8 +29,8 @@ class GroupStepAdam(torch.optim.Optimizer):
         bias_correction: bool = True,
         capturable: bool = False,
     ) -> None:
-        if capturable:
-            raise ValueError("CUDA graphs cannot capture an optimizer on CPU")
+        if capturable or not bias_correction:
+            raise ValueError("this Adam takes part in no CUDA graph and always corrects its moments' bias")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -59,8 +59,6 @@ class GroupStepAdam(torch.optim.Optimizer):
         weight_decay = group["weight_decay"]
         if weight_decay and not self.adam_w_mode:
             grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
-        if not group["bias_correction"]:
-            raise ValueError("Adam without bias correction is not offered")
         # torch's one-pass kernel: the update is bound by memory, and written out in steps it reads everything six times.
         adamw(
             params,

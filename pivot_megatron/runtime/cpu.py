@@ -111,6 +111,37 @@ def install() -> None:
         for name in _CUDA_LITERALS:
             importlib.import_module(name).torch = _TorchOnCpu()  # type: ignore[attr-defined]
     _patch_rng_tracker()
+    _scale_in_place()
+    _leave_lone_buffers()
+
+
+def _scale_in_place() -> None:
+    """Clipping scales gradients into themselves; the plain-torch stand-in for the fused kernel makes a copy of each first,
+    which of a word embedding is a good part of all memory."""
+    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+
+    def scale_in_place(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float) -> None:
+        for source, target in zip(*lists, strict=True):
+            torch.mul(source, scale, out=target)
+
+    clip.multi_tensor_scale_impl = scale_in_place
+
+
+def _leave_lone_buffers() -> None:
+    """A data-parallel group of one has nothing to exchange, and its part of a buffer is the buffer. gloo copies it all the
+    same, and needs as much memory again as all gradients or all weights."""
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: torch.Tensor, given: torch.Tensor, *, group: Any, async_op: bool, **options: Any) -> Any:
+            if group.size() == 1 and output.data_ptr() == given.data_ptr() and not async_op:
+                return None
+            return collective(output, given, group=group, async_op=async_op, **options)
+
+        return call
+
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
 
 
 def _patch_rng_tracker() -> None:

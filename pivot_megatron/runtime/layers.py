@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.norm import RmsNorm
 
 
 class LocalNorm:
@@ -21,7 +22,7 @@ class LocalNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
-        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": RmsNorm}
         norm: torch.nn.Module = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

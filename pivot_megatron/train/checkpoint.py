@@ -53,7 +53,8 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
         "data.shards": data,
         "data": str(dataclasses.replace(config.data, shards=())),
         # By sorted keys: the order of a mapping in the YAML decides nothing.
-        "objective": json.dumps(asdict(config.objective), sort_keys=True),
+        # Where the reference's log-probs come from decides nothing either.
+        "objective": json.dumps({**asdict(config.objective), "reference": None}, sort_keys=True),
         "optimizer": str(config.optimizer),
         "parameters": str(config.parameters),
         "precision": str(config.precision),

@@ -31,16 +31,10 @@ class StepResult:
     applied: bool
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    batch: PackedBatch
-    reference: Tensor | None  # [N] float32 on the last stage, where the objective needs it
-
-
 def _schedule(
     model: torch.nn.Module,
-    step: Callable[[Iterator[MicroBatch], Any], Any],
-    micro_batches: Sequence[MicroBatch],
+    step: Callable[[Iterator[PackedBatch], Any], Any],
+    micro_batches: Sequence[PackedBatch],
     **options: Any,
 ) -> list[Any]:
     collected: list[Any] = get_forward_backward_func()(
@@ -62,19 +56,16 @@ def _keep_logprobs(logprobs: Tensor, non_loss_data: bool = False) -> Tensor:
 def forward_logprobs(model: torch.nn.Module, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
     """Log-probs `[N]` of each micro-batch's answer tokens, forward only; None on stages that are not the last."""
 
-    def step(iterator: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        return stage(next(iterator).batch.to(current_platform().device)), _keep_logprobs
+    def step(iterator: Iterator[PackedBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        return stage(next(iterator).to(current_platform().device)), _keep_logprobs
 
     with torch.no_grad():
-        found = _schedule(
-            model, step, [MicroBatch(b, None) for b in batches], forward_only=True, collect_non_loss_data=True
-        )
+        found = _schedule(model, step, batches, forward_only=True, collect_non_loss_data=True)
     return list(found) if is_last_stage() else [None] * len(batches)
 
 
-def _loss(objective: Objective, micro: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    batch = micro.batch
-    result = objective(AnswerLogprobs(logprobs, batch.branch, batch.branches, micro.reference))
+def _loss(objective: Objective, batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    result = objective(AnswerLogprobs(logprobs, batch.branch, batch.branches, batch.reference))
     counted = torch.tensor(result.count, dtype=torch.int, device=logprobs.device)
     return result.total, counted, {"loss": result.total.detach(), "count": counted, **result.metrics}
 
@@ -91,18 +82,21 @@ def train_step(
     batches: Sequence[PackedBatch],
     reference: torch.nn.Module | None,
 ) -> StepResult:
-    """`batches`: this data-parallel rank's micro-batches of the global batch, on the host."""
-    known = forward_logprobs(reference, batches) if reference is not None else [None] * len(batches)
+    """`batches`: this data-parallel rank's micro-batches of the global batch, on the host.
+
+    `reference`: a frozen model, where batches do not bring its log-probs themselves.
+    """
+    if reference is not None:
+        known = forward_logprobs(reference, batches)
+        batches = [replace(batch, reference=logps) for batch, logps in zip(batches, known, strict=True)]
     wrapped.zero_grad_buffer()
     optimization.optimizer.zero_grad()
 
-    def step(iterator: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        on_host = next(iterator)
-        micro = replace(on_host, batch=on_host.batch.to(current_platform().device))
-        return stage(micro.batch), partial(_loss, objective, micro)
+    def step(iterator: Iterator[PackedBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator).to(current_platform().device)
+        return stage(batch), partial(_loss, objective, batch)
 
-    micro_batches = [MicroBatch(batch, logps) for batch, logps in zip(batches, known, strict=True)]
-    losses = _schedule(wrapped, step, micro_batches, forward_only=False)
+    losses = _schedule(wrapped, step, batches, forward_only=False)
     learning_rate = optimization.learning_rate()
     applied, grad_norm, _ = optimization.optimizer.step()
     optimization.scheduler.step(increment=1)

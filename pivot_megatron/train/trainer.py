@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pivot_megatron.config.schema import Model, RunConfig
+from pivot_megatron.config.schema import Dpo, Model, RunConfig
 from pivot_megatron.convert.load import check_layout_fits
 from pivot_megatron.convert.start import checkpoints_of, describe_start, pinned, start_weights, with_checkpoints
+from pivot_megatron.convert.store import Description
 from pivot_megatron.data.build import build_loader
 from pivot_megatron.data.loader import Dropped, Loader, StepData
 from pivot_megatron.errors import RunError, UserError
@@ -38,6 +39,7 @@ from pivot_megatron.train.checkpoint import (
     progress_of,
 )
 from pivot_megatron.train.optimizer import Optimization, apply_rules, build_optimization, wrap
+from pivot_megatron.train.reference import ReferencePass, frozen_model
 from pivot_megatron.train.run_folder import RunFolder, environment
 from pivot_megatron.train.step import StepResult, observed, train_step
 
@@ -96,27 +98,36 @@ def total_steps(config: RunConfig, samples: int) -> int:
     return steps
 
 
+def make_reference(config: RunConfig) -> list[Path]:
+    """The reference log-probs of `config`, beside its shards: made where they are missing, checked where they are not."""
+    if not isinstance(config.objective, Dpo):
+        raise UserError(f"objective.kind: {config.objective.kind} compares with no reference; only dpo does")
+    with process_groups(config.layout, config.seed):
+        start = pinned(config.model)
+        _, arch, loader = _described(config, start)
+        return [file.path for file in ReferencePass(config, arch, start, loader).files(make=True)]
+
+
+def _described(config: RunConfig, start: Model) -> tuple[Description, Architecture, Loader]:
+    """What `start` is, checked against the layout, and the loader of its data."""
+    description = replace(describe_start(start), template=config.data.template)
+    arch = description.architecture()
+    check_layout_fits(arch, config.layout)
+    rank, size = data_parallel()
+    branches = build_objective(config.objective).branches
+    loader = build_loader(
+        config, description.encoder, description.llm, arch.encoder, arch.head, branches, rank, size, is_first_stage()
+    )
+    return description, arch, loader
+
+
 def _prepare(config: RunConfig) -> Session:
     folder = RunFolder(config)
     newest = newest_checkpoint(folder.checkpoints)
     # A resumed run's reference is the model that it began from, whatever the folder it came from has become since.
     model_start = with_checkpoints(config.model, progress_of(newest).start) if newest else pinned(config.model)
-    description = dataclasses.replace(describe_start(model_start), template=config.data.template)
-    arch = description.architecture()
-    check_layout_fits(arch, config.layout)
+    description, arch, loader = _described(config, model_start)
     objective: Objective = build_objective(config.objective)
-    rank, size = data_parallel()
-    loader = build_loader(
-        config,
-        description.encoder,
-        description.llm,
-        arch.encoder,
-        arch.head,
-        objective.branches,
-        rank,
-        size,
-        with_images=is_first_stage(),
-    )
     steps = total_steps(config, len(loader.samples))
     decided = decided_by(config, loader.samples.fingerprint)
     standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
@@ -124,11 +135,14 @@ def _prepare(config: RunConfig) -> Session:
     if is_main_process():
         folder.create(config, environment(str(current_platform().device), dist.get_world_size()))
     dist.barrier()
+    if isinstance(config.objective, Dpo) and config.objective.reference == "cached":
+        loader = replace(loader, reference=ReferencePass(config, arch, model_start, loader).files(make=True))
     checkpointer = Checkpointer(folder.checkpoints, config.checkpoints.keep, config.layout, description)
     model = build_model(arch, config.layout, config.precision, config.recompute)
     if newest is None:
         start_weights(model, model_start, config.seed)
-    reference = _frozen_reference(config, arch, model_start) if objective.needs_reference else None
+    online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
+    reference = frozen_model(config, arch, model_start) if online else None
     apply_rules(model, config.parameters)
     model.train()
     wrapped = wrap(model, config.layout)
@@ -150,14 +164,6 @@ def _prepare(config: RunConfig) -> Session:
         standing,
         done,
     )
-
-
-def _frozen_reference(config: RunConfig, arch: Architecture, start: Model) -> VisionLanguageModel:
-    """The model as the run started from it, forward only."""
-    reference = build_model(arch, config.layout, config.precision, config.recompute)
-    start_weights(reference, start, config.seed)
-    reference.eval().requires_grad_(False)
-    return reference
 
 
 def _timed(steps: Any) -> Any:
@@ -215,5 +221,5 @@ def _require_finite(session: Session, result: StepResult) -> None:
 
 
 def _save(session: Session) -> None:
-    progress = dataclasses.replace(session.standing, step=session.done, objective=session.objective.state)
+    progress = replace(session.standing, step=session.done, objective=session.objective.state)
     session.checkpointer.save(session.wrapped, session.optimization, progress)

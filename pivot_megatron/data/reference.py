@@ -1,0 +1,147 @@
+"""Reference log-probs beside the shards: one Parquet file a model, a row a sample, found again by position and by content.
+
+`reference-<model>.parquet` is named by a digest of the model that it was computed with, so those of several models lie side by
+side. Its columns: `key`; `tokens`, a digest of everything the log-probs were computed over; `chosen` and `rejected`, the
+log-probs of each answer's tokens, null where the sample did not fit. Its metadata hold `Facts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pivot_megatron.data.tokens import Tokenized
+from pivot_megatron.errors import RunError, UserError
+
+VERSION = 1
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("tokens", pa.binary(16)),
+        ("chosen", pa.list_(pa.float32())),
+        ("rejected", pa.list_(pa.float32())),
+    ]
+)
+_METADATA = b"pivot"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reference log-probs follow from: the model, by parts, and how samples reach it."""
+
+    model: Mapping[str, str]
+    data: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(json.dumps(dict(self.model), sort_keys=True).encode()).hexdigest()
+        return f"reference-{digest[:16]}.parquet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`chosen`, `rejected`: log-probs of the answers' tokens; None for a sample that does not fit."""
+
+    key: str
+    tokens: bytes
+    chosen: Sequence[float] | None
+    rejected: Sequence[float] | None
+
+
+def tokens_digest(sample: Tokenized) -> bytes:
+    """16 bytes that name the tokens of `sample`, which of them are predicted, and where its images stand."""
+    told = (sample.prefix, [(b.ids, b.loss) for b in sample.branches], sample.images, sample.image_tokens)
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
+
+
+def write_rows(path: Path, rows: Sequence[Row], facts: Facts) -> None:
+    """Write `path`, whole or not at all."""
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_SCHEMA.with_metadata({_METADATA: _told(facts)}))
+    part = path.with_name(path.name + ".part")
+    pq.write_table(table, part)
+    part.replace(path)
+
+
+def _told(facts: Facts) -> bytes:
+    return json.dumps({"version": VERSION, **asdict(facts)}).encode()
+
+
+def is_made_with(path: Path, facts: Facts) -> bool:
+    """Whether `path` is there and holds rows made with `facts`."""
+    return path.exists() and pq.read_schema(path).metadata.get(_METADATA) == _told(facts)
+
+
+def join(parts: Sequence[Path], path: Path) -> None:
+    """One file of several with the same facts, in order."""
+    part = path.with_name(path.name + ".part")
+    pq.write_table(pa.concat_tables([pq.read_table(p) for p in parts]), part)
+    part.replace(path)
+
+
+class ReferenceFile:
+    """The reference log-probs of one folder of shards, for a run of the given facts and keys.
+
+    Raises UserError, naming what differs, where the file was made from something else or is not complete.
+    """
+
+    def __init__(self, path: Path, facts: Facts, keys: Sequence[str]) -> None:
+        self.path = path
+        try:
+            table = pq.read_table(path)
+            about = json.loads(table.schema.metadata[_METADATA])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a whole file of reference log-probs ({error}); {self._remedy}") from None
+        self._require_facts(about, facts)
+        if table.column("key").to_pylist() != list(keys):
+            raise UserError(
+                f"{path}: incomplete: expected {len(keys)} samples, the keys of the shards in order, found {len(table)}; "
+                f"{self._remedy}"
+            )
+        self._tokens = table.column("tokens").to_pylist()
+        self._answers = [_Lists(table.column(name).combine_chunks()) for name in ("chosen", "rejected")]
+
+    @property
+    def _remedy(self) -> str:
+        return "delete it and run `pivot reference` again"
+
+    def _require_facts(self, about: Mapping[str, Any], facts: Facts) -> None:
+        if about.get("version") != VERSION:
+            raise UserError(f"{self.path}: expected version {VERSION}, found {about.get('version')}; {self._remedy}")
+        for name, value in {**facts.model, **facts.data}.items():
+            found = {**about["model"], **about["data"]}.get(name)
+            if found != value:
+                raise UserError(
+                    f"{self.path}: stale: made with {name} {found}, this run has {value}; {self._remedy}, or restore {name}"
+                )
+
+    def logprobs(self, position: int, sample: Tokenized) -> Tensor:
+        """`[N]` float32: those of the predicted tokens of `sample`'s branches, one after another."""
+        answers = [answer.at(position) for answer in self._answers[: len(sample.branches)]]
+        if self._tokens[position] != tokens_digest(sample) or any(a is None for a in answers):
+            raise RunError(
+                f"{self.path}: stale: sample {sample.key} has other tokens than when it was made (another tokenizer or "
+                f"sequence length); {self._remedy}"
+            )
+        return torch.from_numpy(np.concatenate([a for a in answers if a is not None]))
+
+
+class _Lists:
+    """A column of lists as two arrays: 150 thousand small Python lists would take ten times the memory."""
+
+    def __init__(self, column: Any) -> None:
+        self._ends = column.offsets.to_numpy()
+        self._values = column.values.to_numpy()
+        self._valid = column.is_valid().to_numpy(zero_copy_only=False)
+
+    def at(self, row: int) -> np.ndarray | None:
+        return self._values[self._ends[row] : self._ends[row + 1]] if self._valid[row] else None

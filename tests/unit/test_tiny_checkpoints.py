@@ -124,7 +124,7 @@ def test_sizes_that_do_not_divide_are_the_users_error(tmp_path: Path, tokenizer:
 
 
 def test_head_of_a_given_vocabulary(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    sizes = dict(hidden_size=32, layers=1, heads=4, kv_heads=2, ffn=48, tied=True, seed=0)
+    sizes = {"hidden_size": 32, "layers": 1, "heads": 4, "kv_heads": 2, "ffn": 48, "tied": True, "seed": 0}
     make_head(tmp_path / "head", tokenizer, **sizes, vocabulary=700)
     loaded = Qwen2ForCausalLM.from_pretrained(tmp_path / "head")
     assert loaded.get_input_embeddings().weight.shape == (700, 32)

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 from pivot_megatron.errors import UserError
 
 PINS = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0")
+_SHARED = ("torch", "transformers")  # pinned to what this interpreter has, so that nothing puts another beside it
 
 _MARK = "complete"  # a file that is written last
 
@@ -49,7 +51,8 @@ def _chain(folder: Path, parents: list[str]) -> None:
 
 
 def _install(python: Path) -> None:
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
+    shared = [f"{name}=={version(name)}" for name in _SHARED]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS, *shared]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

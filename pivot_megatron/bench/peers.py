@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,24 +73,27 @@ class Comparison:
 
 
 def compare(shape: Shape, rounds: int, steps: int, out: Path, say: Say) -> Comparison:
-    """Make the world in `out`, run both sides `rounds` times. Raises UserError for numbers that measure nothing."""
+    """Make the world in `out`, run both sides `rounds` times.
+
+    Raises UserError for numbers that measure nothing, and for an `out` that has files in it.
+    """
     if rounds < 1 or steps <= WARM_UP:
         raise UserError(f"bench peers: expected --rounds >= 1 and --steps > {WARM_UP}, found {rounds} and {steps}")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: already has files in it; give a new folder with --out")
     setting = Setting(steps, shape.pairs_a_step)
     say("the peer's environment")
     python = peer_python(default_cache())
     say(f"model and pairs of shape {shape.name}")
     world = make_world(out / "world", shape, _WORLD_SEED)
     lengths = pair_lengths(world, setting)
-    runs = out / "runs"
-    shutil.rmtree(runs, ignore_errors=True)
     measured: list[dict[str, Speed]] = []
     differences: dict[str, float] = {}
     for number in range(rounds):
         found: dict[str, PeerRun] = {}
         speeds: dict[str, Speed] = {}
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            folder = runs / f"{number}-{side}"
+            folder = out / "runs" / f"{number}-{side}"
             ours = side == "pivot"
             found[side] = run_pivot(world, setting, folder) if ours else run_trl(python, world, setting, folder)
             speeds[side] = speed_of(side, found[side], lengths)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +48,8 @@ class World:
 
 
 def make_world(folder: Path, shape: Shape, seed: int) -> World:
-    """Write `shape`'s model and pairs to `folder`, in place of what an earlier, unfinished call left there."""
+    """Write `shape`'s model and pairs to `folder`, which must not exist yet."""
     world = World(folder)
-    shutil.rmtree(folder, ignore_errors=True)
     words = _words()
     make_encoder(
         world.encoder,
@@ -77,7 +75,6 @@ def make_world(folder: Path, shape: Shape, seed: int) -> World:
     )
     _write_pairs(world.pairs, shape, words, seed + 2)
     import_checkpoint(world.encoder, world.llm, world.checkpoint, feature_layer=-2, seed=seed + 3)
-    # Last, so that its presence says that the world is whole.
     export_checkpoint(world.checkpoint, "mllm", world.llava, "drop", None)
     return world
 

@@ -16,7 +16,7 @@ from pivot_megatron.bench.agreement import largest_differences, rounding
 from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_step, pivot_work, trl_work
 from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
 from pivot_megatron.bench.peer_runs import PeerRun
-from pivot_megatron.bench.peers import Spread, speed_of, summarise
+from pivot_megatron.bench.peers import Spread, compare, speed_of, summarise
 from pivot_megatron.bench.shapes import shape_by_name
 from pivot_megatron.bench.watched import Watched, run_watched
 from pivot_megatron.bench.world import World, make_world
@@ -163,6 +163,19 @@ def test_a_failed_run_says_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with pytest.raises(RunError, match="no such thing"):
         run_watched(command, tmp_path / "metrics.jsonl", 1, tmp_path / "log", os.environ)
+
+
+def test_nothing_that_stands_in_the_folder_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="already has files in it"):
+        compare(SHAPE, 1, 2, tmp_path, say=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("rounds", "steps"), [(0, 4), (1, 1)])
+def test_numbers_that_measure_nothing(tmp_path: Path, rounds: int, steps: int) -> None:
+    with pytest.raises(UserError, match=f"found {rounds} and {steps}"):
+        compare(SHAPE, rounds, steps, tmp_path / "out", say=print)
 
 
 def test_an_unknown_shape_is_named() -> None:

@@ -1,8 +1,8 @@
 """Floating-point operations of a DPO step, counted from sizes and lengths.
 
-Matrix products alone, two operations a multiply-add; attention over whole rows, also where a mask hides half, as the kernels
-of both trainers compute it on CPU. A backward pass takes twice its forward, but for the patch embedding, whose input needs
-no gradient.
+Matrix products alone, two operations a multiply-add; every query with every key of its segment, also where a causal mask
+hides half. A backward pass takes twice its forward, but for the patch embedding, whose input needs no gradient. Both trainers
+make the logits anew in the backward pass instead of keeping them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from pivot_megatron.data.build import PACK_MULTIPLE
+from pivot_megatron.families.flops import encoder_flops, head_weights, projector_flops
 from pivot_megatron.model.composition import Architecture
 
 
@@ -57,29 +58,25 @@ class Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """What goes through the model. `squares`: sum over attention rows of their length squared. `scored`: tokens with logits."""
+    """What goes through the model. `scores`: queries times keys, summed over attention's segments. `scored`: tokens with
+    logits."""
 
     images: int
     tokens: int
-    squares: int
+    scores: int
     scored: int
 
 
 def forward(arch: Architecture, work: Work) -> Flops:
     encoder, head = arch.encoder, arch.head
-    patch_values = 3 * encoder.patch_size**2
-    image_tokens = work.images * encoder.tokens
-    encoder_layer = image_tokens * (8 * encoder.hidden**2 + 4 * encoder.hidden * encoder.ffn)
-    encoder_attention = work.images * 4 * encoder.tokens**2 * encoder.hidden
-    width, kv_width = head.heads * head.head_dim, head.groups * head.head_dim
-    head_layer = 2 * head.hidden * (2 * width + 2 * kv_width) + 6 * head.hidden * head.ffn
+    patches = encoder_flops(encoder, layers=0)
     return Flops(
-        patches=2 * image_tokens * patch_values * encoder.hidden,
-        encoder=arch.encoder_layers * (encoder_layer + encoder_attention),
-        projector=2 * image_tokens * (encoder.hidden + head.hidden) * head.hidden,
-        layers=work.tokens * head.layers * head_layer,
-        attention=work.squares * head.layers * 4 * width,
-        logits=2 * work.scored * head.hidden * head.vocabulary,
+        patches=work.images * patches,
+        encoder=work.images * (encoder_flops(encoder, arch.encoder_layers) - patches),
+        projector=work.images * projector_flops(encoder, head),
+        layers=2.0 * work.tokens * head.layers * head_weights(head),
+        attention=4.0 * work.scores * head.layers * head.heads * head.head_dim,
+        logits=2.0 * work.scored * head.hidden * head.vocabulary,
     )
 
 
@@ -88,13 +85,15 @@ def backward(forwards: Flops) -> Flops:
 
 
 def pivot_work(pairs: Sequence[PairLengths]) -> Work:
-    """Ours: a pack in which each pair's prefix stands once; logits at answers."""
+    """Ours: a pack in which each pair's prefix stands once, read by both answers; logits at answers."""
     tokens = sum(pair.shared for pair in pairs)
-    longest = max(pair.shared for pair in pairs)
+    padding = -tokens % PACK_MULTIPLE
+    first = sum((pair.prefix + pair.chosen) ** 2 for pair in pairs)
+    second = sum(pair.rejected * (pair.prefix + pair.rejected) for pair in pairs)
     return Work(
         images=len(pairs),
-        tokens=tokens + -tokens % PACK_MULTIPLE,
-        squares=len(pairs) * longest**2,
+        tokens=tokens + padding,
+        scores=first + second + padding**2,
         scored=sum(pair.scored for pair in pairs),
     )
 
@@ -107,22 +106,12 @@ def trl_work(pairs: Sequence[PairLengths], on_gpu: bool) -> Work:
     return Work(
         images=rows,
         tokens=rows * longest,
-        squares=rows * longest**2,
+        scores=rows * longest**2,
         scored=sum(pair.scored for pair in pairs) if on_gpu else rows * (longest - 1),
     )
 
 
-def step(arch: Architecture, work: Work, logits_again: bool) -> Flops:
-    """Policy forward and backward, and the frozen reference's forward. `logits_again`: the backward makes them anew instead
-    of keeping them."""
+def step(arch: Architecture, work: Work) -> Flops:
+    """Policy forward and backward, and the frozen reference's forward."""
     forwards = forward(arch, work)
-    again = Flops(logits=forwards.logits) if logits_again else Flops()
-    return forwards + backward(forwards) + again + forwards
-
-
-def pivot_step(arch: Architecture, pairs: Sequence[PairLengths]) -> Flops:
-    return step(arch, pivot_work(pairs), logits_again=False)
-
-
-def trl_step(arch: Architecture, pairs: Sequence[PairLengths], on_gpu: bool) -> Flops:
-    return step(arch, trl_work(pairs, on_gpu), logits_again=True)
+    return forwards + backward(forwards) + Flops(logits=forwards.logits) + forwards

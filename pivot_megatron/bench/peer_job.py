@@ -10,7 +10,6 @@ from typing import Any
 
 from pivot_megatron.bench.flops import PairLengths
 from pivot_megatron.bench.world import World
-from pivot_megatron.config.schema import Data
 from pivot_megatron.convert.store import describe
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5, render
@@ -19,12 +18,15 @@ from pivot_megatron.data.order import step_indices
 from pivot_megatron.data.sample import Sample
 from pivot_megatron.data.tokens import SampleTokenizer
 
+_SEQUENCE_LENGTH = 2048
+_TRL_NAMES = {"bco": "bco_pair"}
+
 
 @dataclass(frozen=True)
 class Setting:
     """AdamW (0.9, 0.999, 1e-8) without weight decay, a constant learning rate, fp32, nothing recomputed.
 
-    `losses`: weight by name, in TRL's names. `clip`: gradient norm. `seed` gives the order of the pairs.
+    `losses`: weight by name, as in a run's config. `clip`: gradient norm. `seed` gives the order of the pairs.
     """
 
     steps: int
@@ -43,8 +45,13 @@ def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
         "name": "pivot",
         "out": str(out),
         "model": {part: {"checkpoint": str(world.checkpoint)} for part in ("encoder", "projector", "llm")},
-        "objective": _objective(setting),
-        "data": {"shards": [str(world.pairs)], "image_backend": "pil"},
+        "objective": {
+            "kind": "dpo",
+            "beta": setting.beta,
+            "label_smoothing": setting.label_smoothing,
+            "losses": dict(setting.losses),
+        },
+        "data": {"shards": [str(world.pairs)], "sequence_length": _SEQUENCE_LENGTH, "image_backend": "pil"},
         "optimizer": {
             "learning_rate": setting.learning_rate,
             "schedule": "constant",
@@ -54,7 +61,9 @@ def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
         "batch": {
             "global_size": setting.pairs_a_step,
             "steps": setting.steps,
-            "micro_size": setting.pairs_a_step,
+            "micro_tokens": setting.pairs_a_step
+            * 2
+            * _SEQUENCE_LENGTH,  # a step's pairs in one pack, as TRL's in one batch
         },
         "precision": {"compute": "fp32"},
         "checkpoints": {"every": setting.steps, "keep": 1},
@@ -62,17 +71,11 @@ def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
     }
 
 
-def _objective(setting: Setting) -> dict[str, Any]:
-    if dict(setting.losses) != {"sigmoid": 1.0}:
-        raise ValueError(f"this trainer has sigmoid alone, not {dict(setting.losses)}")
-    return {"kind": "dpo", "beta": setting.beta, "label_smoothing": setting.label_smoothing}
-
-
 def trl_job(world: World, setting: Setting, out: Path) -> dict[str, Any]:
     """What `trl_runner.py` reads. Writes the pairs and their images below `out`."""
     return {
         **asdict(setting),
-        "losses": dict(setting.losses),
+        "losses": {_TRL_NAMES.get(name, name): weight for name, weight in setting.losses.items()},
         "model": str(world.llava),
         "pairs": str(write_pairs_in_order(world, setting, out)),
         "metrics": str(out / "metrics.jsonl"),
@@ -96,7 +99,7 @@ def pair_lengths(world: World, setting: Setting) -> list[list[PairLengths]]:
         tokenizer=tokenizer,
         template=qwen_1_5,
         image_tokens=describe(world.checkpoint).architecture().encoder.tokens,
-        sequence_length=Data(shards=()).sequence_length,
+        sequence_length=_SEQUENCE_LENGTH,
         branches=2,
         too_long="drop",
     )

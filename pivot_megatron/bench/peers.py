@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pivot_megatron.bench.agreement import largest_differences
-from pivot_megatron.bench.flops import Flops, PairLengths, pivot_step, trl_step
+from pivot_megatron.bench.flops import Flops, PairLengths, Work, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_environment import default_cache, peer_python
 from pivot_megatron.bench.peer_job import Setting, pair_lengths
 from pivot_megatron.bench.peer_runs import PeerRun, run_pivot, run_trl
@@ -134,9 +135,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 def flops_by_side(arch: Architecture, steps: Sequence[Sequence[PairLengths]]) -> dict[str, Flops]:
     """Of the mean step."""
-    count = {
-        "pivot": lambda pairs: pivot_step(arch, pairs),
-        "trl": lambda pairs: trl_step(arch, pairs, on_gpu=False),
-        "trl_on_gpu": lambda pairs: trl_step(arch, pairs, on_gpu=True),
+    work_of: dict[str, Callable[[Sequence[PairLengths]], Work]] = {
+        "pivot": pivot_work,
+        "trl": partial(trl_work, on_gpu=False),
+        "trl_on_gpu": partial(trl_work, on_gpu=True),
     }
-    return {side: sum((of(pairs) for pairs in steps), Flops()).scaled(1 / len(steps)) for side, of in count.items()}
+    return {
+        side: sum((step(arch, work(pairs)) for pairs in steps), Flops()).scaled(1 / len(steps))
+        for side, work in work_of.items()
+    }

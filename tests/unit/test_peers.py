@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from pivot_megatron.bench.agreement import largest_differences, rounding
-from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_step, pivot_work, trl_work
+from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
 from pivot_megatron.bench.peer_runs import PeerRun
 from pivot_megatron.bench.peers import Spread, compare, speed_of, summarise
@@ -54,29 +55,31 @@ def counted(world: World, rows: int, length: int, train: bool) -> int:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_forward_is_what_torch_counts(world: World, arch: Architecture, rows: int) -> None:
-    work = Work(images=rows, tokens=rows * 20, squares=rows * 20**2, scored=rows * 20)
+    work = Work(images=rows, tokens=rows * 20, scores=rows * 20**2, scored=rows * 20)
     assert forward(arch, work).total == counted(world, rows, 20, train=False)
 
 
 def test_backward_is_what_torch_counts(world: World, arch: Architecture) -> None:
-    forwards = forward(arch, Work(images=2, tokens=40, squares=2 * 20**2, scored=40))
+    forwards = forward(arch, Work(images=2, tokens=40, scores=2 * 20**2, scored=40))
     assert (forwards + backward(forwards)).total == counted(world, 2, 20, train=True)
 
 
 def test_work_of_either_layout() -> None:
-    ours = pivot_work(PAIRS)  # 44 and 39 tokens, packed and filled to a multiple of 16, in rows of 44
-    assert ours == Work(images=2, tokens=96, squares=2 * 44**2, scored=25)
-    assert trl_work(PAIRS, on_gpu=True) == Work(images=4, tokens=4 * 39, squares=4 * 39**2, scored=25)
+    ours = pivot_work(PAIRS)  # 44 and 39 tokens, filled to a multiple of 16
+    scores = 35**2 + 9 * 39 + 35**2 + 4 * 32 + 13**2
+    assert ours == Work(images=2, tokens=96, scores=scores, scored=25)
+    assert trl_work(PAIRS, on_gpu=True) == Work(images=4, tokens=4 * 39, scores=4 * 39**2, scored=25)
     assert trl_work(PAIRS, on_gpu=False).scored == 4 * 38
 
 
-def test_a_step_is_four_forwards_but_for_the_patches(arch: Architecture) -> None:
+def test_a_step_is_four_forwards_five_of_the_logits_and_three_of_the_patches(arch: Architecture) -> None:
     once = forward(arch, pivot_work(PAIRS))
-    step = pivot_step(arch, PAIRS)
-    assert step.layers == 4 * once.layers
-    assert step.patches == 3 * once.patches
-    assert step.total == pytest.approx(4 * once.total - once.patches)
-    assert step.scaled(0.5).total == pytest.approx(step.total / 2)
+    whole = step(arch, pivot_work(PAIRS))
+    assert whole.layers == 4 * once.layers
+    assert whole.logits == 5 * once.logits
+    assert whole.patches == 3 * once.patches
+    assert whole.total == pytest.approx(4 * once.total + once.logits - once.patches)
+    assert whole.scaled(0.5).total == pytest.approx(whole.total / 2)
     assert (once + Flops(logits=1.0)).logits == once.logits + 1
 
 
@@ -142,9 +145,9 @@ def test_pairs_stand_in_our_order_with_the_template_written_out(world: World, tm
     assert len(lines) == 6
     assert lines[0].count("<image>") == 1
     lengths = pair_lengths(world, setting)
-    assert [len(step) for step in lengths] == [2, 2, 2]
+    assert [len(pairs) for pairs in lengths] == [2, 2, 2]
     low, high = SHAPE.words
-    for pair in (pair for step in lengths for pair in step):
+    for pair in chain.from_iterable(lengths):
         assert pair.prefix > SHAPE.image_tokens
         assert low + 1 <= pair.chosen <= 3 * high  # a word is a token or a few, and the end mark is one
         assert pair.scored == pair.chosen + pair.rejected

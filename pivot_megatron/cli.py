@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_convert(verb, verbs)
     _add_data(verb, verbs)
+    _add_bench(verb, verbs)
 
     p = verb("doctor", _doctor, "what this machine has, what is missing, and what that costs")
     p.add_argument("--json", action="store_true")
@@ -137,6 +138,16 @@ def _add_data(verb: Any, verbs: Any) -> None:
     p = verb("inspect", _inspect, "what a folder of shards holds", group)
     p.add_argument("shards", type=Path)
     p.add_argument("--samples", type=int, default=3, help="samples to show (default: 3)")
+
+
+def _add_bench(verb: Any, verbs: Any) -> None:
+    group = verbs.add_parser("bench", help="measure this machine").add_subparsers(required=True, metavar="WHAT")
+    p = verb("peers", _bench_peers, "this trainer and TRL's DPOTrainer on the same model and pairs", group)
+    p.add_argument("--shape", required=True, help="vocabulary, body or tiny")
+    p.add_argument("--rounds", type=int, default=3, help="times that both are run (default: 3)")
+    p.add_argument("--steps", type=int, default=4, help="steps of a run, the first of them not timed (default: 4)")
+    p.add_argument("--out", type=Path, default=Path("runs/bench-peers"), help="default: runs/bench-peers")
+    p.add_argument("--json", action="store_true")
 
 
 def _peer_was_lost(error: RuntimeError) -> bool:
@@ -256,6 +267,25 @@ def _inspect(args: argparse.Namespace) -> int:
     from pivot_megatron.data.inspect import describe_shards
 
     print(describe_shards(args.shards, args.samples))
+    return 0
+
+
+def _bench_peers(args: argparse.Namespace) -> int:
+    from pivot_megatron.bench.peers import compare
+    from pivot_megatron.bench.plot import write_plot
+    from pivot_megatron.bench.report import as_json, as_text
+    from pivot_megatron.bench.shapes import shape_by_name
+
+    found = compare(
+        shape_by_name(args.shape),
+        args.rounds,
+        args.steps,
+        args.out,
+        say=lambda text: print(f"bench: {text}", file=sys.stderr, flush=True),
+    )
+    (args.out / "peers.json").write_text(as_json(found) + "\n")
+    write_plot(found, args.out / "peers.png")
+    print(as_json(found) if args.json else as_text(found))
     return 0
 
 

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.chat import SYSTEM
 from pivot_megatron.data.sample import Conversation
 from pivot_megatron.data.shards import ShardReader
 from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
 from pivot_megatron.recipe.demo_folder import Demo
-from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 _CORPUS_ROWS = 2000  # of captions and instructions each, for the tokenizer
 

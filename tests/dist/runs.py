@@ -13,7 +13,7 @@ from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.data_prep.synthetic import make_question, write_pairs
 from pivot_megatron.errors import UserError
-from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
+from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 
 def make_world(folder: Path, pairs: int = 96) -> Path:

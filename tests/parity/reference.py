@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, SiglipVisionModel
 
+from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.tokens import Branch, Tokenized
-from pivot_megatron.recipe.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 IMAGE_SIZE = 32
 ENCODER = {"image_size": IMAGE_SIZE, "patch_size": 8, "hidden_size": 96, "layers": 4, "heads": 4, "ffn": 176}

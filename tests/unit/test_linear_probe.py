@@ -8,10 +8,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
+from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.interval import difference, wilson
 from pivot_megatron.probe.linear import C_GRID, LabelledImages, digits_images, linear_probe, patch_features
-from pivot_megatron.recipe.tiny_checkpoints import make_encoder
 
 
 @pytest.fixture(scope="module")

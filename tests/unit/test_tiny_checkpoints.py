@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM, SiglipVisionModel
 
+from pivot_megatron.convert.tiny_checkpoints import SPECIAL_TOKENS, make_encoder, make_head, make_tokenizer
 from pivot_megatron.errors import UserError
-from pivot_megatron.recipe.tiny_checkpoints import SPECIAL_TOKENS, make_encoder, make_head, make_tokenizer
 
 CORPUS = [
     "How many red circles are there? There are 12 of them, left of the blue square.",
@@ -121,3 +121,12 @@ def test_sizes_that_do_not_divide_are_the_users_error(tmp_path: Path, tokenizer:
         encoder(tmp_path, heads=3)
     with pytest.raises(UserError, match=r"head: heads.*kv_heads=2, found 1"):
         head(tmp_path, tokenizer, heads=1)
+
+
+def test_head_of_a_given_vocabulary(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    sizes = {"hidden_size": 32, "layers": 1, "heads": 4, "kv_heads": 2, "ffn": 48, "tied": True, "seed": 0}
+    make_head(tmp_path / "head", tokenizer, **sizes, vocabulary=700)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path / "head")
+    assert loaded.get_input_embeddings().weight.shape == (700, 32)
+    with pytest.raises(UserError, match=r"expected vocabulary > 320 .*, found 320"):
+        make_head(tmp_path / "small", tokenizer, **sizes, vocabulary=320)

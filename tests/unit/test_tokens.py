@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from pivot_megatron.convert.tiny_checkpoints import make_tokenizer
 from pivot_megatron.data.chat import Span, from_tokenizer, plain, qwen_1_5, render
 from pivot_megatron.data.sample import BadSample, Conversation, Pair, Turn
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, template_by_name
 from pivot_megatron.errors import UserError
-from pivot_megatron.recipe.tiny_checkpoints import make_tokenizer
 
 IMAGE = b"jpeg"
 IMAGE_TOKENS = 5

@@ -136,20 +136,26 @@ def make_head(
     ffn: int,
     tied: bool,
     seed: int,
+    vocabulary: int | None = None,
 ) -> None:
     """Write a randomly initialised Qwen2.5 language model and `tokenizer` to `folder`.
 
-    The model's vocabulary is the next multiple of 64 above `len(tokenizer)`. As in Qwen2.5 there is always a
-    spare row, so that an image token can take an id without resizing. `tied` shares the embedding with the output
-    layer.
+    The model's vocabulary is `vocabulary`, or the next multiple of 64 above `len(tokenizer)`. As in Qwen2.5 there is
+    always a spare row, so that an image token can take an id without resizing. `tied` shares the embedding with the
+    output layer.
 
     Raises:
-        UserError: the sizes do not divide.
+        UserError: the sizes do not divide, or `vocabulary` leaves no spare row.
     """
     _divides("head: hidden_size", hidden_size, "heads", heads)
     _divides("head: heads", heads, "kv_heads", kv_heads)
+    rows = vocabulary or (len(tokenizer) // _VOCAB_MULTIPLE + 1) * _VOCAB_MULTIPLE
+    if rows <= len(tokenizer):
+        raise UserError(
+            f"head: expected vocabulary > {len(tokenizer)} (the tokenizer's), found {rows}; choose a larger one"
+        )
     config = Qwen2Config(
-        vocab_size=(len(tokenizer) // _VOCAB_MULTIPLE + 1) * _VOCAB_MULTIPLE,
+        vocab_size=rows,
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,

@@ -1,0 +1,62 @@
+"""A comparison as a picture: speed and memory of every run, and the operations that each trainer needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.bench.flops import Flops
+from pivot_megatron.bench.peers import SIDES, Comparison, Speed, spread
+
+_COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c")
+_GIB = 2.0**30
+_TERA = 1e12
+
+
+def write_plot(found: Comparison, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory, flops) = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    _runs(speed, found, "pairs a second", lambda run: run.pairs_a_second)
+    _runs(memory, found, "peak memory, GiB", lambda run: run.peak_bytes / _GIB)
+    _stacks(flops, found)
+    figure.suptitle(
+        f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _runs(axes: Any, found: Comparison, title: str, value: Callable[[Speed], float]) -> None:
+    """A bar at each side's median, a dot for each of its runs."""
+    for place, side in enumerate(SIDES):
+        values = [value(one[side]) for one in found.rounds]
+        axes.bar(place, spread(values).median, width=0.6, color=_COLOURS[place], alpha=0.5)
+        axes.plot([place] * len(values), values, "o", color=_COLOURS[place], markersize=4)
+    axes.set_xticks(range(len(SIDES)), SIDES)
+    _style(axes, title)
+
+
+def _stacks(axes: Any, found: Comparison) -> None:
+    sides = list(found.flops)
+    below = [0.0] * len(sides)
+    for colour, part in zip(_COLOURS, (field.name for field in fields(Flops)), strict=True):
+        heights = [getattr(found.flops[side], part) / _TERA for side in sides]
+        axes.bar(range(len(sides)), heights, bottom=below, width=0.6, color=colour, label=part)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set_xticks(range(len(sides)), [side.replace("_", " ") for side in sides])
+    axes.legend(frameon=False, fontsize=7)
+    _style(axes, "TFLOP a step, by count")
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)

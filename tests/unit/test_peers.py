@@ -1,0 +1,186 @@
+"""What `pivot bench peers` computes from runs: operation counts, ratios and their spread, agreement."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from pivot_megatron.bench.agreement import largest_differences, rounding
+from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_work, step, trl_work
+from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
+from pivot_megatron.bench.peer_runs import PeerRun
+from pivot_megatron.bench.peers import Spread, compare, speed_of, summarise
+from pivot_megatron.bench.shapes import shape_by_name
+from pivot_megatron.bench.watched import Watched, run_watched
+from pivot_megatron.bench.world import World, make_world
+from pivot_megatron.convert.store import describe
+from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.model.composition import Architecture
+
+SHAPE = shape_by_name("tiny")
+PAIRS = [PairLengths(30, 5, 9, 14), PairLengths(28, 7, 4, 11)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("peers") / "world", SHAPE, seed=5)
+
+
+@pytest.fixture(scope="module")
+def arch(world: World) -> Architecture:
+    return describe(world.checkpoint).architecture()
+
+
+def counted(world: World, rows: int, length: int, train: bool) -> int:
+    """What torch counts in transformers' own model, over rows of one image each and `length` tokens."""
+    model = LlavaForConditionalGeneration.from_pretrained(world.llava, attn_implementation="eager")
+    image_token = model.config.image_token_id
+    ids = torch.full((rows, length), 7)
+    ids[:, 3 : 3 + SHAPE.image_tokens] = image_token
+    pixels = torch.rand(rows, 3, SHAPE.image_size, SHAPE.image_size)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids, pixel_values=pixels).logits
+        if train:
+            logits.square().mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_forward_is_what_torch_counts(world: World, arch: Architecture, rows: int) -> None:
+    work = Work(images=rows, tokens=rows * 20, scores=rows * 20**2, scored=rows * 20)
+    assert forward(arch, work).total == counted(world, rows, 20, train=False)
+
+
+def test_backward_is_what_torch_counts(world: World, arch: Architecture) -> None:
+    forwards = forward(arch, Work(images=2, tokens=40, scores=2 * 20**2, scored=40))
+    assert (forwards + backward(forwards)).total == counted(world, 2, 20, train=True)
+
+
+def test_work_of_either_layout() -> None:
+    ours = pivot_work(PAIRS)  # 44 and 39 tokens, filled to a multiple of 16
+    scores = 35**2 + 9 * 39 + 35**2 + 4 * 32 + 13**2
+    assert ours == Work(images=2, tokens=96, scores=scores, scored=25)
+    assert trl_work(PAIRS, on_gpu=True) == Work(images=4, tokens=4 * 39, scores=4 * 39**2, scored=25)
+    assert trl_work(PAIRS, on_gpu=False).scored == 4 * 38
+
+
+def test_a_step_is_four_forwards_five_of_the_logits_and_three_of_the_patches(arch: Architecture) -> None:
+    once = forward(arch, pivot_work(PAIRS))
+    whole = step(arch, pivot_work(PAIRS))
+    assert whole.layers == 4 * once.layers
+    assert whole.logits == 5 * once.logits
+    assert whole.patches == 3 * once.patches
+    assert whole.total == pytest.approx(4 * once.total + once.logits - once.patches)
+    assert whole.scaled(0.5).total == pytest.approx(whole.total / 2)
+    assert (once + Flops(logits=1.0)).logits == once.logits + 1
+
+
+def run(seconds: list[float], peak: int, others: float = 0.0) -> PeerRun:
+    return PeerRun([{"step_seconds": value} for value in seconds], Watched(peak, others))
+
+
+def test_the_warm_up_step_is_not_timed() -> None:
+    speed = speed_of("pivot", run([100.0, 2.0, 3.0], peak=7), [PAIRS, PAIRS, PAIRS])
+    assert speed.step_seconds == (2.0, 3.0)
+    assert speed.pairs_a_second == pytest.approx(4 / 5)
+    assert speed.tokens_a_second == pytest.approx(2 * (74 + 67) / 5)
+
+
+def test_ratios_are_of_the_runs_of_one_round() -> None:
+    lengths = [PAIRS, PAIRS]
+    rounds = [
+        {
+            "pivot": speed_of("pivot", run([0, ours], peak=10), lengths),
+            "trl": speed_of("trl", run([0, theirs], peak=peak), lengths),
+        }
+        for ours, theirs, peak in ((1.0, 2.0, 10), (2.0, 8.0, 20), (1.0, 3.0, 30))
+    ]
+    found = summarise(rounds)
+    assert found.speed_gain == Spread(2.0, 3.0, 4.0)
+    assert found.memory_gain == Spread(1.0, 2.0, 3.0)
+    assert found.pairs_a_second["pivot"] == Spread(1.0, 2.0, 2.0)
+
+
+def line(**changes: float) -> dict[str, float]:
+    names = ("loss", "chosen_logps", "rejected_logps", "grad_norm", "chosen_rewards", "rejected_rewards")
+    values = {"loss": 0.69, "chosen_logps": -300.0, "rejected_logps": -320.0, "grad_norm": 2.0}
+    return dict.fromkeys(names, 0.0) | {"reward_margin": 0.0} | values | changes
+
+
+def test_differences_are_relative_and_the_largest_of_all_steps() -> None:
+    wanted = [line(), line(grad_norm=4.0)]
+    found = [line(grad_norm=2.02), line(grad_norm=4.4)]
+    worst = largest_differences(found, wanted, beta=0.1)
+    assert worst["grad_norm"] == pytest.approx(0.1)
+    assert worst["loss"] == worst["reward_margin"] == 0.0
+
+
+def test_a_reward_may_differ_by_rounding_alone() -> None:
+    room = rounding(line(), beta=0.1)
+    assert 0 < room < 1e-4
+    assert largest_differences([line(reward_margin=room)], [line()], 0.1)["reward_margin"] == 0.0
+    assert largest_differences([line(reward_margin=2 * room)], [line()], 0.1)["reward_margin"] == math.inf
+    wanted = line(reward_margin=1.0)
+    apart = largest_differences([line(reward_margin=1.0 + 1e-3)], [wanted], 0.1)["reward_margin"]
+    assert apart == pytest.approx(1e-3, rel=0.1)
+
+
+def test_a_value_that_is_not_finite_is_no_agreement() -> None:
+    assert largest_differences([line(loss=math.nan)], [line()], 0.1)["loss"] == math.inf
+    with pytest.raises(ValueError, match="2 steps against 1"):
+        largest_differences([line(), line()], [line()], 0.1)
+
+
+def test_pairs_stand_in_our_order_with_the_template_written_out(world: World, tmp_path: Path) -> None:
+    setting = Setting(steps=3, pairs_a_step=2)
+    lines = write_pairs_in_order(world, setting, tmp_path).read_text().splitlines()
+    assert len(lines) == 6
+    assert lines[0].count("<image>") == 1
+    lengths = pair_lengths(world, setting)
+    assert [len(pairs) for pairs in lengths] == [2, 2, 2]
+    low, high = SHAPE.words
+    for pair in chain.from_iterable(lengths):
+        assert pair.prefix > SHAPE.image_tokens
+        assert low + 1 <= pair.chosen <= 3 * high  # a word is a token or a few, and the end mark is one
+        assert pair.scored == pair.chosen + pair.rejected
+
+
+def test_memory_counts_up_to_the_last_step_alone(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    code = "import sys, time; a = bytearray(b'x' * (60 << 20)); time.sleep(0.5)\n"
+    code += f"open({str(metrics)!r}, 'w').write('1\\n'); time.sleep(0.5)\n"
+    code += "b = bytearray(b'x' * (200 << 20)); time.sleep(0.5)"
+    found = run_watched([sys.executable, "-c", code], metrics, 1, tmp_path / "log", os.environ)
+    assert 60 << 20 < found.peak_bytes < 200 << 20
+
+
+def test_a_failed_run_says_what_it_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    with pytest.raises(RunError, match="no such thing"):
+        run_watched(command, tmp_path / "metrics.jsonl", 1, tmp_path / "log", os.environ)
+
+
+def test_nothing_that_stands_in_the_folder_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="already has files in it"):
+        compare(SHAPE, 1, 2, tmp_path, say=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("rounds", "steps"), [(0, 4), (1, 1)])
+def test_numbers_that_measure_nothing(tmp_path: Path, rounds: int, steps: int) -> None:
+    with pytest.raises(UserError, match=f"found {rounds} and {steps}"):
+        compare(SHAPE, rounds, steps, tmp_path / "out", say=print)
+
+
+def test_an_unknown_shape_is_named() -> None:
+    with pytest.raises(UserError, match="expected one of vocabulary, body, tiny, found big"):
+        shape_by_name("big")

@@ -41,15 +41,9 @@ def _batch(config: RunConfig) -> Iterator[str]:
     batch = config.batch
     if batch.global_size < 1:
         yield f"batch.global_size: must be at least 1, found {batch.global_size}"
-    branches = 1 if config.objective.kind == "sft" else 2
-    longest = branches * config.data.sequence_length
-    if batch.micro_tokens < longest:
-        yield (
-            f"batch.micro_tokens: must hold any one sample, {branches} x data.sequence_length = {longest}, "
-            f"found {batch.micro_tokens}; raise it or lower the sequence length"
-        )
-    if batch.micro_images is not None and batch.micro_images < branches:
-        yield f"batch.micro_images: a sample may have {branches}, found {batch.micro_images}; raise it or leave it out"
+    for key in ("micro_tokens", "micro_images"):
+        if (most := getattr(batch, key)) is not None and most < 1:
+            yield f"batch.{key}: must be at least 1, found {most}"
     if (batch.epochs is None) == (batch.steps is None):
         yield "batch: exactly one of epochs and steps says how long the run is"
     for key in ("epochs", "steps"):

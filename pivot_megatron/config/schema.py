@@ -86,9 +86,9 @@ class Dpo(Strict):
 
     kind: Literal["dpo"] = "dpo"
     beta: float = 0.1
-    reference: Literal["cached", "online"] = "cached"
     label_smoothing: float = 0.0
     losses: Mapping[PairLoss, float] = field(default_factory=lambda: {"sigmoid": 1.0})
+    reference: Literal["cached", "online"] = "cached"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Optimizer(Strict):
 @dataclass(frozen=True)
 class Batch(Strict):
     """`global_size` samples (pairs) a step over all ranks, packed into micro-batches of up to `micro_tokens` tokens and
-    `micro_images` images. One of `epochs` and `steps`."""
+    `micro_images` images; a sample past either goes alone. One of `epochs` and `steps`."""
 
     global_size: int
     micro_tokens: int

@@ -22,13 +22,9 @@ def plan_micro_batches(
 
     Every rank gets the same number of micro-batches, as few as will do (at least one; some may be empty). The costliest
     samples are placed first, each where the least work stands and it still fits, which keeps the slowest micro-batch within
-    4/3 of the best possible where the budget does not interfere (Graham 1969). A function of its arguments alone.
-
-    Raises ValueError for a sample that fits into no micro-batch.
+    4/3 of the best possible where the budget does not interfere (Graham 1969). A sample past the budget gets a micro-batch of
+    its own. A function of its arguments alone.
     """
-    for i, size in enumerate(sizes):
-        if size.tokens > most_tokens or size.images > (most_images or size.images):
-            raise ValueError(f"sample {i} takes {size.tokens} tokens and {size.images} images, more than a micro-batch")
     count = max(1, -(-sum(s.tokens for s in sizes) // (ranks * most_tokens)))
     while (bins := _placed(sizes, ranks * count, most_tokens, most_images)) is None:
         count += 1
@@ -43,8 +39,11 @@ def _placed(sizes: Sequence[Size], bins: int, most_tokens: int, most_images: int
         fits = [
             b
             for b in range(bins)
-            if tokens[b] + size.tokens <= most_tokens
-            and (most_images is None or images[b] + size.images <= most_images)
+            if not placed[b]
+            or (
+                tokens[b] + size.tokens <= most_tokens
+                and (most_images is None or images[b] + size.images <= most_images)
+            )
         ]
         if not fits:
             return None

@@ -146,6 +146,8 @@ def _add_bench(verb: Any, verbs: Any) -> None:
     p.add_argument("--shape", required=True, help="vocabulary, body or tiny")
     p.add_argument("--rounds", type=int, default=3, help="times that both are run (default: 3)")
     p.add_argument("--steps", type=int, default=4, help="steps of a run, the first of them not timed (default: 4)")
+    p.add_argument("--epochs", type=int, default=1, help="epochs that share our one reference pass (default: 1)")
+    p.add_argument("--peer-batch", type=int, help="pairs in one of the peer's forward passes (default: a step's)")
     p.add_argument("--out", type=Path, default=Path("runs/bench-peers"), help="default: runs/bench-peers")
     p.add_argument("--json", action="store_true")
 
@@ -280,6 +282,8 @@ def _bench_peers(args: argparse.Namespace) -> int:
         shape_by_name(args.shape),
         args.rounds,
         args.steps,
+        args.epochs,
+        args.peer_batch,
         args.out,
         say=lambda text: print(f"bench: {text}", file=sys.stderr, flush=True),
     )

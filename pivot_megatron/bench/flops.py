@@ -111,7 +111,7 @@ def trl_work(pairs: Sequence[PairLengths], on_gpu: bool) -> Work:
     )
 
 
-def step(arch: Architecture, work: Work) -> Flops:
-    """Policy forward and backward, and the frozen reference's forward."""
+def step(arch: Architecture, work: Work, epochs: int = 1) -> Flops:
+    """Policy forward and backward, and the frozen reference's forward, once in so many `epochs`."""
     forwards = forward(arch, work)
-    return forwards + backward(forwards) + Flops(logits=forwards.logits) + forwards
+    return forwards + backward(forwards) + Flops(logits=forwards.logits) + forwards.scaled(1 / epochs)

@@ -19,6 +19,7 @@ from pivot_megatron.data.sample import Sample
 from pivot_megatron.data.tokens import SampleTokenizer
 
 _SEQUENCE_LENGTH = 2048
+_MICRO_TOKENS = 1024  # a pair at a time where an image takes 576: more would take memory, and no less time on a CPU
 _TRL_NAMES = {"bco": "bco_pair"}
 
 
@@ -26,7 +27,8 @@ _TRL_NAMES = {"bco": "bco_pair"}
 class Setting:
     """AdamW (0.9, 0.999, 1e-8) without weight decay, a constant learning rate, fp32, nothing recomputed.
 
-    `losses`: weight by name, as in a run's config. `clip`: gradient norm. `seed` gives the order of the pairs.
+    `losses`: weight by name, as in a run's config. `clip`: gradient norm. `seed` gives the order of the pairs. `peer_batch`:
+    pairs in one of the peer's forward passes, a step's pairs where left out.
     """
 
     steps: int
@@ -37,6 +39,7 @@ class Setting:
     label_smoothing: float = 0.0
     clip: float = 1.0
     seed: int = 777
+    peer_batch: int | None = None
 
 
 def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
@@ -61,9 +64,7 @@ def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
         "batch": {
             "global_size": setting.pairs_a_step,
             "steps": setting.steps,
-            "micro_tokens": setting.pairs_a_step
-            * 2
-            * _SEQUENCE_LENGTH,  # a step's pairs in one pack, as TRL's in one batch
+            "micro_tokens": _MICRO_TOKENS,
         },
         "precision": {"compute": "fp32"},
         "checkpoints": {"every": setting.steps, "keep": 1},
@@ -75,6 +76,7 @@ def trl_job(world: World, setting: Setting, out: Path) -> dict[str, Any]:
     """What `trl_runner.py` reads. Writes the pairs and their images below `out`."""
     return {
         **asdict(setting),
+        "batch": setting.peer_batch or setting.pairs_a_step,
         "losses": {_TRL_NAMES.get(name, name): weight for name, weight in setting.losses.items()},
         "model": str(world.llava),
         "pairs": str(write_pairs_in_order(world, setting, out)),

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,34 @@ import yaml
 from pivot_megatron.bench.peer_job import Setting, pivot_config, trl_job
 from pivot_megatron.bench.watched import Watched, run_watched
 from pivot_megatron.bench.world import World
+from pivot_megatron.data.loader import PairSet
+from pivot_megatron.data.reference import pass_seconds
 from pivot_megatron.train.run_folder import read_metrics
 
+_REFERENCE = "reference-*.parquet"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class PeerRun:
-    """`steps`: the lines of metrics.jsonl."""
+    """`steps`: the lines of metrics.jsonl. `reference_seconds`: a pair, where the reference is not part of the steps."""
 
     steps: Sequence[Mapping[str, Any]]
     watched: Watched
+    reference_seconds: float = 0.0
 
 
 def run_pivot(world: World, setting: Setting, out: Path) -> PeerRun:
     out.mkdir(parents=True)
     config = out / "run.yaml"
     config.write_text(yaml.safe_dump(pivot_config(world, setting, out / "run")))
+    for made in world.pairs.glob(_REFERENCE):
+        made.unlink()  # every run makes its own, so that every run measures it
     command = [sys.executable, "-m", "pivot_megatron.cli", "train", str(config), "--processes", "1"]
-    return _run(command, out / "run" / "metrics.jsonl", setting, out)
+    run = _run(command, out / "run" / "metrics.jsonl", setting, out)
+    (reference,) = world.pairs.glob(_REFERENCE)
+    pairs = len(PairSet([world.pairs]))
+    return replace(run, reference_seconds=pass_seconds(reference) / pairs)
 
 
 def run_trl(python: Path, world: World, setting: Setting, out: Path, keep_batches: bool = False) -> PeerRun:

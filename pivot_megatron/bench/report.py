@@ -17,6 +17,7 @@ from pivot_megatron.bench.peers import SIDES, WARM_UP, Comparison, Spread
 from pivot_megatron.train.run_folder import installed_version
 
 GIB = 2.0**30
+GIGA = 1e9
 TERA = 1e12
 QUIET = 0.1
 """Cores that others may keep busy before a speed is not worth quoting."""
@@ -73,12 +74,25 @@ def as_text(found: Comparison) -> str:
             ),
             *_warning(found),
             "",
+            *_rates(found),
+            "",
             *_flops_table(found.flops),
             "",
             f"largest relative difference over the {setting.steps} steps of every round: "
             + ", ".join(f"{name} {value:.1e}" for name, value in found.differences.items()),
         ]
     )
+
+
+def _rates(found: Comparison) -> list[str]:
+    """What each side does of its own operations in a second, against the best that this machine multiplies matrices at."""
+    reference = f"the reference pass counts once in epochs: {found.epochs}"
+    rates = []
+    for side in SIDES:
+        speed = found.summary.pairs_a_second[side].median / found.setting.pairs_a_step
+        rate = found.flops[side].total * speed
+        rates.append(f"{side} {rate / GIGA:.0f} GFLOP/s ({rate / found.gemm_peak:.0%})")
+    return [f"{', '.join(rates)} of a GEMM peak of {found.gemm_peak / GIGA:.0f} GFLOP/s; {reference}"]
 
 
 def _warning(found: Comparison) -> list[str]:

@@ -65,8 +65,8 @@ def config(job: dict[str, Any]) -> DPOConfig:
     return DPOConfig(
         output_dir=job["scratch"],
         max_steps=job["steps"],
-        per_device_train_batch_size=job["pairs_a_step"],
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=job["pairs_a_step"] // job["batch"],
         train_sampling_strategy="sequential",
         max_length=None,
         beta=job["beta"],

@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _METADATA = b"pivot"
+_SECONDS = b"pivot seconds"
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,21 @@ def tokens_digest(sample: Tokenized) -> bytes:
     return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
 
-def write_rows(path: Path, rows: Sequence[Row], facts: Facts) -> None:
-    """Write `path`, whole or not at all."""
-    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_SCHEMA.with_metadata({_METADATA: _told(facts)}))
+def write_rows(path: Path, rows: Sequence[Row], facts: Facts, seconds: float) -> None:
+    """Write `path`, whole or not at all. `seconds`: how long the pass over `rows` took."""
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_schema(facts, seconds))
     part = path.with_name(path.name + ".part")
     pq.write_table(table, part)
     part.replace(path)
+
+
+def _schema(facts: Facts, seconds: float) -> Any:
+    return _SCHEMA.with_metadata({_METADATA: _told(facts), _SECONDS: str(seconds).encode()})
+
+
+def pass_seconds(path: Path) -> float:
+    """How long the reference pass took that made `path`."""
+    return float(pq.read_schema(path).metadata[_SECONDS])
 
 
 def _told(facts: Facts) -> bytes:
@@ -81,10 +91,12 @@ def is_made_with(path: Path, facts: Facts) -> bool:
     return path.exists() and pq.read_schema(path).metadata.get(_METADATA) == _told(facts)
 
 
-def join(parts: Sequence[Path], path: Path) -> None:
-    """One file of several with the same facts, in order."""
+def join(parts: Sequence[Path], path: Path, facts: Facts) -> None:
+    """One file of several with the same `facts`, in order."""
     part = path.with_name(path.name + ".part")
-    pq.write_table(pa.concat_tables([pq.read_table(p) for p in parts]), part)
+    table = pa.concat_tables([pq.read_table(p) for p in parts])
+    schema = _schema(facts, sum(pass_seconds(p) for p in parts))
+    pq.write_table(table.replace_schema_metadata(schema.metadata), part)
     part.replace(path)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +82,20 @@ class ReferencePass:
     def _make(self, path: Path, facts: Facts, model: VisionLanguageModel) -> None:
         loader = dataclasses.replace(self.loader, samples=PairSet([path.parent]))
         parts = path.with_name(path.name + ".parts")
-        _written(lambda: parts.mkdir(exist_ok=True), path)
+        _written(partial(parts.mkdir, exist_ok=True), path)
         names = []
         total = len(loader.samples)
         for first in range(0, total, SAMPLES_A_PART):
             names.append(parts / f"{first:09d}.parquet")
             if _agreed(is_made_with(names[-1], facts)):
                 continue
+            began = time.perf_counter()
             rows = _rows(model, loader, first, min(first + SAMPLES_A_PART, total))
             if is_main_process():
                 print(f"reference: {min(first + SAMPLES_A_PART, total)}/{total} samples", file=sys.stderr, flush=True)
-            _written(lambda name=names[-1], rows=rows: write_rows(name, rows, facts), path)  # type: ignore[misc]
-        _written(lambda: join(names, path), path)
+            seconds = time.perf_counter() - began
+            _written(partial(write_rows, names[-1], rows, facts, seconds), path)
+        _written(partial(join, names, path, facts), path)
         if is_main_process():
             shutil.rmtree(parts)
         dist.barrier()

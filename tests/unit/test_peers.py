@@ -88,7 +88,7 @@ def run(seconds: list[float], peak: int, others: float = 0.0) -> PeerRun:
 
 
 def test_the_warm_up_step_is_not_timed() -> None:
-    speed = speed_of("pivot", run([100.0, 2.0, 3.0], peak=7), [PAIRS, PAIRS, PAIRS])
+    speed = speed_of("pivot", run([100.0, 2.0, 3.0], peak=7), [PAIRS, PAIRS, PAIRS], 1)
     assert speed.step_seconds == (2.0, 3.0)
     assert speed.pairs_a_second == pytest.approx(4 / 5)
     assert speed.tokens_a_second == pytest.approx(2 * (74 + 67) / 5)
@@ -98,8 +98,8 @@ def test_ratios_are_of_the_runs_of_one_round() -> None:
     lengths = [PAIRS, PAIRS]
     rounds = [
         {
-            "pivot": speed_of("pivot", run([0, ours], peak=10), lengths),
-            "trl": speed_of("trl", run([0, theirs], peak=peak), lengths),
+            "pivot": speed_of("pivot", run([0, ours], peak=10), lengths, 1),
+            "trl": speed_of("trl", run([0, theirs], peak=peak), lengths, 1),
         }
         for ours, theirs, peak in ((1.0, 2.0, 10), (2.0, 8.0, 20), (1.0, 3.0, 30))
     ]
@@ -171,14 +171,14 @@ def test_a_failed_run_says_what_it_said(tmp_path: Path) -> None:
 def test_nothing_that_stands_in_the_folder_is_touched(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="already has files in it"):
-        compare(SHAPE, 1, 2, tmp_path, say=print)
+        compare(SHAPE, 1, 2, 1, None, tmp_path, say=print)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize(("rounds", "steps"), [(0, 4), (1, 1)])
 def test_numbers_that_measure_nothing(tmp_path: Path, rounds: int, steps: int) -> None:
     with pytest.raises(UserError, match=f"found {rounds} and {steps}"):
-        compare(SHAPE, rounds, steps, tmp_path / "out", say=print)
+        compare(SHAPE, rounds, steps, 1, None, tmp_path / "out", say=print)
 
 
 def test_an_unknown_shape_is_named() -> None:

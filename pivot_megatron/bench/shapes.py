@@ -53,7 +53,7 @@ _VOCABULARY = Shape(
     vocabulary=151_936,
     words=(30, 90),
     pairs_a_step=2,
-    samples=64,
+    samples=24,
 )
 
 # Most of it is in the head's layers, as with heads of several billion parameters.

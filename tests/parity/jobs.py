@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unittest.mock
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.model import vocabulary
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
+from pivot_megatron.runtime.device import Platform, current_platform
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
-from pivot_megatron.train.step import observed, train_step
+from pivot_megatron.train.step import forward_logprobs, observed, train_step
 
 NOTHING_AGAIN = Recompute()
 
@@ -160,8 +163,9 @@ def run_config(
 
 CLIP = 0.5
 
-Shares = list[list[tuple[list[Tokenized], Tensor]]]
-"""For each data-parallel rank, its micro-batches: pairs and the pixels of those that have an image."""
+Shares = list[list[tuple[Any, ...]]]
+"""For each data-parallel rank, its micro-batches: pairs, their images' pixels, and which image each place shows where it is not
+one after another."""
 
 
 def whole_gradients(wrapped: Any) -> None:
@@ -187,8 +191,33 @@ def train_steps(
     steps: int,
     rules: tuple[ParameterRule, ...] = (),
     recompute: Recompute = NOTHING_AGAIN,
+    tile_bytes: int | None = None,
+    cached: bool = False,
 ) -> dict[str, Any]:
-    """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors."""
+    """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors.
+
+    `tile_bytes`: how much of the logits may stand at once. `cached`: the reference's log-probs come with the batches.
+    """
+    with unittest.mock.patch.object(vocabulary, "current_platform", lambda: in_tiles(tile_bytes)):
+        return _train_steps(layout, encoder, head, shares, objective, steps, rules, recompute, cached)
+
+
+def in_tiles(tile_bytes: int | None) -> Platform:
+    platform = current_platform()
+    return platform if tile_bytes is None else replace(platform, logits_tile_bytes=tile_bytes)
+
+
+def _train_steps(
+    layout: Layout,
+    encoder: Path,
+    head: Path,
+    shares: Shares,
+    objective: Sft | Dpo,
+    steps: int,
+    rules: tuple[ParameterRule, ...],
+    recompute: Recompute,
+    cached: bool,
+) -> dict[str, Any]:
     config = run_config(layout, encoder, head, objective, rules)
     model = loaded_model(layout, encoder, head, recompute)
     judge = build_objective(objective)
@@ -197,7 +226,13 @@ def train_steps(
     wrapped = wrap(model, layout)
     optimization = build_optimization(wrapped, config, steps=10)
     own = shares[parallel_state.get_data_parallel_rank()]
-    batches = [pack(samples, list(pixels), judge.branches, model.arch.encoder.image_size, 4) for samples, pixels in own]
+    size = model.arch.encoder.image_size
+    batches = [pack(samples, list(pixels), judge.branches, size, 4, *index) for samples, pixels, *index in own]
+    if cached:
+        assert reference is not None
+        known = forward_logprobs(reference, batches)
+        batches = [replace(batch, reference=logps) for batch, logps in zip(batches, known, strict=True)]
+        reference = None
     gradients: dict[str, Tensor] = {}
     plain_step = optimization.optimizer.step
 

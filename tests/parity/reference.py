@@ -90,31 +90,38 @@ class Reference(torch.nn.Module):
         out: Tensor = self.linear_2(torch.nn.functional.gelu(self.linear_1(features)))
         return out
 
-    def branch_logits(self, sample: Tokenized, branch: Branch, pixels: Tensor | None) -> Tensor:
-        """`[len(branch), vocabulary]`: logits that predict the branch's tokens, over a sequence of this branch alone."""
+    def branch_logits(self, sample: Tokenized, index: int, images: Sequence[Tensor]) -> Tensor:
+        """`[len(branch), vocabulary]`: logits that predict the branch's tokens, over a sequence of this branch alone.
+
+        `images`: `[3, S, S]` for each of the sample's image places.
+        """
+        prefix, branch = len(sample.prefix), sample.branches[index]
+        start = prefix + sum(len(b.ids) for b in sample.branches[:index])
         embeddings = self.llm.get_input_embeddings()(torch.tensor([sample.prefix + branch.ids]))
-        if sample.images:
-            assert pixels is not None
-            at = sample.images[0]
+        for at, pixels in zip(sample.images, images, strict=True):
+            if at >= prefix:
+                if not start <= at < start + len(branch.ids):
+                    continue  # the other branch's
+                at = prefix + at - start
             features = self.image_features(pixels[None])
             embeddings = torch.cat([embeddings[:, :at], features, embeddings[:, at + sample.image_tokens :]], dim=1)
         logits: Tensor = self.llm(inputs_embeds=embeddings).logits[0]
-        return logits[len(sample.prefix) - 1 : -1]
+        return logits[prefix - 1 : -1] if prefix else torch.cat([logits[:1] * 0, logits[:-1]])
 
-    def branch_logprobs(self, sample: Tokenized, pixels: Tensor | None) -> list[Tensor]:
+    def branch_logprobs(self, sample: Tokenized, images: Sequence[Tensor]) -> list[Tensor]:
         """Log-probs of each branch's loss tokens, `[tokens]` a branch."""
         out = []
-        for branch in sample.branches:
-            logps = self.branch_logits(sample, branch, pixels).log_softmax(-1)
+        for index, branch in enumerate(sample.branches):
+            logps = self.branch_logits(sample, index, images).log_softmax(-1)
             picked = logps.gather(1, torch.tensor(branch.ids)[:, None])[:, 0]
             out.append(picked[torch.tensor(branch.loss)])
         return out
 
 
-def images_of(samples: Sequence[Tokenized], pixels: Tensor) -> list[Tensor | None]:
-    """Each sample's own image, taken in order from `pixels`."""
+def images_of(samples: Sequence[Tokenized], pixels: Sequence[Tensor] | Tensor) -> list[list[Tensor]]:
+    """The images of each sample's places, taken in order from `pixels`."""
     queue = iter(pixels)
-    return [next(queue) if s.images else None for s in samples]
+    return [[next(queue) for _ in s.images] for s in samples]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

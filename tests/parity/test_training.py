@@ -44,12 +44,20 @@ def shares(layout: Layout, world: int) -> jobs.Shares:
     return [all_batches] if replicas == 1 else [all_batches[:2], all_batches[2:]]
 
 
-def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo, seen: list[float]) -> Tensor:
-    """`seen`: the rewards of earlier steps, to which this step's are added."""
+Data = list[tuple[Tokenized, list[Tensor]]]
+"""Samples with the images of their places."""
+
+
+def the_data() -> Data:
     pairs, pixels = the_pairs()
+    return list(zip(pairs, images_of(pairs, pixels)))
+
+
+def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo, seen: list[float], data: Data) -> Tensor:
+    """`seen`: the rewards of earlier steps, to which this step's are added."""
     total, count = torch.zeros(()), 0
     baseline = sum(seen) / max(len(seen), 1)
-    for pair, image in zip(pairs, images_of(pairs, pixels)):
+    for pair, image in data:
         if objective.kind == "sft":
             chosen = model.branch_logprobs(pair, image)[0]
             total, count = total - chosen.sum(), count + len(chosen)
@@ -57,7 +65,7 @@ def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo, se
         policy = [x.sum() for x in model.branch_logprobs(pair, image)]
         with torch.no_grad():
             fixed = [x.sum() for x in frozen.branch_logprobs(pair, image)]
-        lengths = [len(branch.ids) for branch in pair.branches]
+        lengths = [sum(branch.loss) for branch in pair.branches]
         won, lost = (objective.beta * (p - f) for p, f in zip(policy, fixed))
         prefers = torch.sigmoid(won - lost)
         smooth = objective.label_smoothing
@@ -76,9 +84,15 @@ def reference_loss(model: Reference, frozen: Reference, objective: Sft | Dpo, se
 
 
 def reference_training(
-    encoder: Path, head: Path, objective: Sft | Dpo, trainable: tuple[str, ...] = ("",), steps: int = STEPS
+    encoder: Path,
+    head: Path,
+    objective: Sft | Dpo,
+    trainable: tuple[str, ...] = ("",),
+    steps: int = STEPS,
+    data: Data | None = None,
 ) -> dict[str, Any]:
     """`trainable`: prefixes of hub names."""
+    data = the_data() if data is None else data
     parts = projector_parts(encoder, head)
     model, frozen = Reference(encoder, head, parts), Reference(encoder, head, parts)
     for name, parameter in model.named_parameters():
@@ -90,7 +104,7 @@ def reference_training(
     rewards: list[float] = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = reference_loss(model, frozen, objective, rewards)
+        loss = reference_loss(model, frozen, objective, rewards, data)
         loss.backward()
         if not gradients:
             gradients = {hub_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,100 @@
+"""`pivot reference` and runs that use what it made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pivot_megatron.cli import main
+from pivot_megatron.config.load import load_config
+from pivot_megatron.config.schema import Layout
+from pivot_megatron.train.run_folder import read_metrics
+from tests import matrix
+from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
+from tests.harness import Workers
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"), pairs=40)
+
+
+def config(data: Path, folder: Path, steps: int = 3, **objective: object) -> Path:
+    tree = config_tree(data, folder / "run")
+    tree["objective"] |= objective
+    tree["batch"]["steps"] = steps
+    tree["checkpoints"]["every"] = 100
+    folder.mkdir(exist_ok=True)
+    return write_config(folder / "run.yaml", tree)
+
+
+def made(data: Path) -> list[Path]:
+    return sorted((data / "pairs").glob("reference-*"))
+
+
+def forget(data: Path) -> None:
+    for path in made(data):
+        path.unlink()
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["reward_margin"]) for line in read_metrics(folder / "run")]
+
+
+def make_at(config_file: Path, layout: Layout) -> None:
+    """A worker's job: the reference pass at `layout`."""
+    from pivot_megatron.train.trainer import make_reference
+
+    make_reference(replace(load_config(config_file), layout=layout))
+
+
+@matrix.layouts(matrix.TP2, matrix.PP2, matrix.DP2)
+def test_cached_equals_online_whatever_layout_made_it(layout, world, data: Path, tmp_path: Path, workers: Workers) -> None:
+    forget(data)
+    workers.run(make_at, None, world, config(data, tmp_path / "cached"), layout)
+    (file,) = made(data)
+    assert len(pq.read_table(file)) == 40
+    before = file.stat().st_mtime_ns
+    workers.run(train_at, None, 1, config(data, tmp_path / "cached"), Layout())
+    workers.run(train_at, None, 1, config(data, tmp_path / "online", reference="online"), Layout())
+    assert file.stat().st_mtime_ns == before
+    for cached, online in zip(losses(tmp_path / "cached"), losses(tmp_path / "online"), strict=True):
+        # The reference model runs over other packs, so that float32 rounds otherwise: log-probs of some 30 in all.
+        assert cached == pytest.approx(online, rel=1e-5, abs=1e-5)
+
+
+def test_made_where_missing_refused_where_stale(data: Path, tmp_path: Path, workers: Workers) -> None:
+    forget(data)
+    workers.run(train_at, None, 1, config(data, tmp_path / "a", steps=1), Layout())
+    (file,) = made(data)
+    tree = config_tree(data, tmp_path / "b" / "run")
+    tree["data"]["template"] = "plain"
+    other = write_config(tmp_path / "other.yaml", tree)
+    (message,) = workers.run(train_error, None, 1, other, Layout())
+    assert f"{file}: stale: made with template qwen_1_5, this run has plain; delete it" in message
+    table = pq.read_table(file)
+    pq.write_table(table.slice(0, 30), file)
+    (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "c", steps=1), Layout())
+    assert "incomplete: expected 40 samples" in message and "found 30" in message
+
+
+def test_a_folder_that_cannot_be_written_to(data: Path, tmp_path: Path, workers: Workers) -> None:
+    forget(data)
+    workers.run(train_at, None, 1, config(data, tmp_path / "d", steps=1), Layout())
+    (file,) = made(data)
+    file.unlink()
+    in_the_way = file.with_name(file.name + ".parts")
+    in_the_way.write_text("where a folder should be")
+    (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "e", steps=1), Layout())
+    in_the_way.unlink()
+    assert "cannot write reference log-probs beside the shards" in message and "reference: online" in message
+
+
+def test_sft_has_no_reference(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = config_tree(data, tmp_path / "run")
+    tree["objective"] = {"kind": "sft"}
+    assert main(["reference", str(write_config(tmp_path / "sft.yaml", tree)), "--processes", "1"]) == 2
+    assert "objective.kind: sft compares with no reference" in capsys.readouterr().err

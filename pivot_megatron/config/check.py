@@ -61,6 +61,8 @@ def _layout(layout: Layout) -> Iterator[str]:
             yield f"layout.{key}: has a meaning only with pipeline > 1; leave it out"
     if layout.overlap_bucket_size is not None and layout.overlap_bucket_size < 1:
         yield f"layout.overlap_bucket_size: must be at least 1, found {layout.overlap_bucket_size}"
+    if layout.cpu_threads is not None and layout.cpu_threads < 1:
+        yield f"layout.cpu_threads: must be at least 1, found {layout.cpu_threads}"
     if layout.overlap_parameter_gather and not layout.overlap_gradient_reduce:
         yield "layout.overlap_parameter_gather: needs overlap_gradient_reduce: true"
 

@@ -83,6 +83,7 @@ _MEANINGS: Mapping[str, str] = {
     "Layout.last_stage_layers": "LLM layers on the last pipeline stage, beside the output layer; null splits evenly",
     "Layout.overlap_gradient_reduce": "reduce gradients over data-parallel ranks during the backward pass",
     "Layout.overlap_parameter_gather": "gather parameters during the forward pass; needs `overlap_gradient_reduce`",
+    "Layout.cpu_threads": "threads of each process where the model runs on CPU; null: its share of the cores",
     "Layout.overlap_bucket_size": "parameters reduced or gathered together where that overlaps; null: megatron-core's choice",
     "Precision.compute": "weights and activations; gradients, master weights and Adam's state are fp32",
     "Precision.fp8": "Transformer Engine's recipe for FP8 GEMMs; null: none. Needs CUDA and transformer-engine",

@@ -131,6 +131,7 @@ class Batch(Strict):
 class Layout(Strict):
     """Parallelism. Data parallelism is what the number of processes leaves. Sequence parallelism goes with tensor > 1.
 
+    `cpu_threads`: of each process, where the model runs on CPU; null is its share of the machine's cores.
     `overlap_bucket_size`: parameters that are reduced or gathered together where that overlaps; null lets megatron-core choose.
     `first_stage_layers` / `last_stage_layers`: LLM layers on those pipeline stages, where the encoder (first) or the
     output layer (last) make an even split uneven in time.
@@ -143,6 +144,7 @@ class Layout(Strict):
     overlap_gradient_reduce: bool = False
     overlap_parameter_gather: bool = False
     overlap_bucket_size: int | None = None
+    cpu_threads: int | None = None
 
     @property
     def model_parallel_size(self) -> int:

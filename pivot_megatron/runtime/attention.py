@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pivot_megatron.config.schema import Precision
 from pivot_megatron.errors import UserError
 from pivot_megatron.runtime.device import current_platform
 
@@ -127,6 +128,11 @@ def kernel_name(dtype: torch.dtype) -> KernelName:
         f"precision.compute: {dtype} attention over packs on a GPU needs transformer-engine, flash-attn or torch >= 2.10, "
         f"found none beside torch {torch.__version__}; install one of them, or set precision.compute: fp32"
     )
+
+
+def attention_in_use(precision: Precision) -> str:
+    """What `kernel_name` finds for a run, in words."""
+    return DESCRIPTIONS[kernel_name(torch.bfloat16 if precision.compute == "bf16" else torch.float32)]
 
 
 def build_kernel(heads: Heads, dtype: torch.dtype) -> Kernel:

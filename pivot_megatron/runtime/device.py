@@ -53,8 +53,9 @@ def require_fp8() -> None:
         )
 
 
-def use_threads_fairly() -> None:
-    """Give each process of this node its share of the cores: torch's default is all of them for each."""
+def use_threads(wanted: int | None) -> None:
+    """Where the model runs on CPU: `wanted` threads, or this process's share of the cores (torch's default is all of them for
+    each process)."""
     if not current_platform().is_cuda:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(wanted or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

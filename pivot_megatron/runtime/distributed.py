@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.errors import UserError
-from pivot_megatron.runtime.device import current_platform, use_threads_fairly
+from pivot_megatron.runtime.device import current_platform, use_threads
 
 
 def world_size_from_environment() -> int:
@@ -43,7 +43,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: int = 30) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     platform = current_platform()
-    use_threads_fairly()
+    use_threads(layout.cpu_threads)
     if not dist.is_initialized():
         dist.init_process_group(platform.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(

@@ -149,7 +149,7 @@ def _packages() -> Iterator[Finding]:
         cost = "no fused Adam: a slower optimizer step; pip install -e '.[te]', which brings one"
         yield _finding("apex", apex or "none", apex is not None, cost)
     flash = _package(("flash-attn", "flash-attn-3"), "flash_attn")
-    cost = "nothing in this version: attention runs on torch's own kernels; no need to install it"
+    cost = "nothing: attention over packs on a GPU runs on transformer-engine's kernels, or on torch's own"
     yield Finding("flash-attn", flash or "none", True, "" if flash else cost)
     dali = _package(("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"), "nvidia.dali")
     cost = "nothing in this version: images are decoded and resized on CPU cores; no need to install it"

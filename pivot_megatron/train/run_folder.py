@@ -33,8 +33,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def environment(device: str, world_size: int) -> dict[str, Any]:
-    """Versions, git state and hardware, for the record."""
+def environment(device: str, world_size: int, attention: str) -> dict[str, Any]:
+    """Versions, git state and hardware, for the record. `attention`: the kernel in use."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
@@ -50,6 +50,7 @@ def environment(device: str, world_size: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device,
         "processes": world_size,
+        "attention": attention,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.objective.types import Objective
+from pivot_megatron.runtime.attention import attention_in_use
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.runtime.distributed import (
     data_parallel,
@@ -133,7 +135,9 @@ def _prepare(config: RunConfig) -> Session:
     standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
     done = standing.step
     if is_main_process():
-        folder.create(config, environment(str(current_platform().device), dist.get_world_size()))
+        attention = attention_in_use(config.precision)
+        folder.create(config, environment(str(current_platform().device), dist.get_world_size(), attention))
+        print(f"{config.name}: attention by {attention}", file=sys.stderr, flush=True)
     dist.barrier()
     if isinstance(config.objective, Dpo) and config.objective.reference == "cached":
         loader = replace(loader, reference=ReferencePass(config, arch, model_start, loader).files(make=True))

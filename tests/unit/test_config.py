@@ -261,6 +261,7 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
         ("batch.global_size", 0, "batch.global_size"),
         ("batch.micro_tokens", 0, "batch.micro_tokens"),
         ("batch.micro_images", 0, "batch.micro_images"),
+        ("layout.cpu_threads", 0, "layout.cpu_threads"),
         ("batch.steps", 5, "batch"),
         ("batch.epochs", None, "batch"),
         ("batch.epochs", -1, "batch.epochs"),

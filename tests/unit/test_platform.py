@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.specs import encoder_config
 from pivot_megatron.runtime import cpu
 from pivot_megatron.runtime.adam import GroupStepAdam
-from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.device import current_platform, use_threads
 
 without_cuda = pytest.mark.skipif(current_platform().is_cuda, reason="the stand-in is for machines without CUDA")
 
@@ -62,3 +64,15 @@ def test_adam_equals_torch(weight_decay: float, decoupled: bool) -> None:
     theirs = train(torch.optim.AdamW if decoupled else torch.optim.Adam)
     for a, b in zip(ours, theirs):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_threads_are_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    try:
+        for processes, wanted, expected in ((1, None, 8), (4, None, 2), (16, None, 1), (4, 3, 3)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            use_threads(wanted)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

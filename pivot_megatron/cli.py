@@ -150,6 +150,9 @@ def _add_bench(verb: Any, verbs: Any) -> None:
     p.add_argument("--peer-batch", type=int, help="pairs in one of the peer's forward passes (default: a step's)")
     p.add_argument("--out", type=Path, default=Path("runs/bench-peers"), help="default: runs/bench-peers")
     p.add_argument("--json", action="store_true")
+    p = verb("profile", _bench_profile, "where a training step's time goes, by kind of operation", group)
+    p.add_argument("--shape", required=True, help="vocabulary, body or tiny")
+    p.add_argument("--out", type=Path, default=Path("runs/bench-profile"), help="default: runs/bench-profile")
 
 
 def _peer_was_lost(error: RuntimeError) -> bool:
@@ -290,6 +293,14 @@ def _bench_peers(args: argparse.Namespace) -> int:
     (args.out / "peers.json").write_text(as_json(found) + "\n")
     write_plot(found, args.out / "peers.png")
     print(as_json(found) if args.json else as_text(found))
+    return 0
+
+
+def _bench_profile(args: argparse.Namespace) -> int:
+    from pivot_megatron.bench.profile import as_text, profile_steps
+    from pivot_megatron.bench.shapes import shape_by_name
+
+    print(as_text(profile_steps(shape_by_name(args.shape), args.out)))
     return 0
 
 

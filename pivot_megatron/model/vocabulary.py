@@ -70,7 +70,7 @@ class _TargetLogprobs(torch.autograd.Function):
         total = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=torch.float32)
         target = torch.zeros_like(total)
         for at, tile in _tiles(hidden, rows):
-            logits = (hidden[at] @ weight[tile].t()).float()
+            logits = _product(hidden[at], weight[tile].t())
             inside, column = _column(targets[at], tile)
             target[at] += logits.gather(1, column)[:, 0].masked_fill_(~inside, 0.0)
             peak = logits.amax(1)
@@ -91,7 +91,7 @@ class _TargetLogprobs(torch.autograd.Function):
         target = _Gradient(weight) if ctx.needs_input_grad[1] else None
         for at, tile in _tiles(hidden, ctx.rows):
             # d log p / d logits: one at the target, less the probabilities.
-            slope = (hidden[at] @ weight[tile].t()).float().sub_(total[at][:, None]).exp_().mul_(-gradient[at][:, None])
+            slope = _product(hidden[at], weight[tile].t()).sub_(total[at][:, None]).exp_().mul_(-gradient[at][:, None])
             inside, column = _column(targets[at], tile)
             slope.scatter_add_(1, column, gradient[at].masked_fill(~inside, 0.0)[:, None])
             slope = slope.to(hidden.dtype)
@@ -143,9 +143,19 @@ def _column(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     return inside, column.masked_fill(~inside, 0)[:, None]
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32: 16-bit inputs, but no 16-bit result, whose rounding would add up over tiles."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        out: Tensor = torch.mm(a, b, out_dtype=torch.float32)
+        return out
+    return a.float() @ b.float()
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b` in float32, in place."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
-        total.add_(a @ b)
+        total.add_(_product(a, b))

@@ -96,5 +96,5 @@ def test_a_folder_that_cannot_be_written_to(data: Path, tmp_path: Path, workers:
 def test_sft_has_no_reference(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = config_tree(data, tmp_path / "run")
     tree["objective"] = {"kind": "sft"}
-    assert main(["reference", str(write_config(tmp_path / "sft.yaml", tree)), "--processes", "1"]) == 2
+    assert main(["reference", str(write_config(tmp_path / "sft.yaml", tree))]) == 2
     assert "objective.kind: sft compares with no reference" in capsys.readouterr().err

@@ -9,18 +9,20 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 
-class SwiGlu:
-    """`[..., 2 f]`, gate beside value, to `[..., f]`. Written out in torch's operations it would keep four tensors as wide.
-
-    No torch module: megatron-core would ask it for its part of a checkpoint.
-    """
+class SwiGlu(torch.nn.Module):
+    """`[..., 2 f]`, gate beside value, to `[..., f]`. Written out in torch's operations it would keep four tensors as wide."""
 
     def __init__(self, config: object) -> None:
         """`config` is what megatron-core builds an activation with."""
+        super().__init__()
 
-    def __call__(self, gate_and_value: Tensor) -> Tensor:
+    def forward(self, gate_and_value: Tensor) -> Tensor:
         out: Tensor = _SwiGlu.apply(gate_and_value)
         return out
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: megatron-core asks every part of an MLP for its part of a checkpoint."""
+        return {}
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -87,7 +87,7 @@ def trl_job(world: World, setting: Setting, out: Path) -> dict[str, Any]:
 
 def samples_by_step(world: World, setting: Setting) -> list[list[Sample]]:
     """The pairs of the setting's steps, in the order our loader gives them."""
-    samples = PairSet([world.pairs])
+    samples = PairSet.open([world.pairs])
     return [
         [samples.read(index) for index in step_indices(step, setting.pairs_a_step, len(samples), setting.seed)]
         for step in range(setting.steps)

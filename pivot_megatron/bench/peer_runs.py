@@ -20,7 +20,6 @@ from pivot_megatron.data.reference import pass_seconds
 from pivot_megatron.train.run_folder import read_metrics
 
 _REFERENCE = "reference-*.parquet"
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def run_pivot(world: World, setting: Setting, out: Path) -> PeerRun:
     command = [sys.executable, "-m", "pivot_megatron.cli", "train", str(config), "--processes", "1"]
     run = _run(command, out / "run" / "metrics.jsonl", setting, out)
     (reference,) = world.pairs.glob(_REFERENCE)
-    pairs = len(PairSet([world.pairs]))
+    pairs = len(PairSet.open([world.pairs]))
     return replace(run, reference_seconds=pass_seconds(reference) / pairs)
 
 
@@ -58,8 +57,6 @@ def run_trl(python: Path, world: World, setting: Setting, out: Path, keep_batche
 
 
 def _run(command: Sequence[str], metrics: Path, setting: Setting, out: Path) -> PeerRun:
-    # Making the world told this process of a group of one, which neither child may take for a launcher of its own.
-    own = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
-    environment = own | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ} | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     watched = run_watched(command, metrics, setting.steps, out / "log.txt", environment)
     return PeerRun(read_metrics(metrics.parent), watched)

@@ -24,7 +24,6 @@ SIDES = ("pivot", "trl")
 WARM_UP = 1
 """Steps at a run's beginning that are not timed: they pay for the first use of everything."""
 
-_WORLD_SEED = 777
 Say = Callable[[str], None]
 
 
@@ -91,13 +90,11 @@ def compare(
         raise UserError(f"bench peers: expected --epochs >= 1, found {epochs}")
     if peer_batch is not None and (peer_batch < 1 or shape.pairs_a_step % peer_batch):
         raise UserError(f"bench peers: expected --peer-batch to divide {shape.pairs_a_step}, found {peer_batch}")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: already has files in it; give a new folder with --out")
     setting = Setting(steps, shape.pairs_a_step, peer_batch=peer_batch)
     say("the peer's environment")
     python = peer_python(default_cache())
     say(f"model and pairs of shape {shape.name}")
-    world = make_world(out / "world", shape, _WORLD_SEED)
+    world = make_world(out, shape)
     lengths = pair_lengths(world, setting)
     measured: list[dict[str, Speed]] = []
     peaks: list[float] = []

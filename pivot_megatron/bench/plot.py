@@ -9,10 +9,9 @@ from typing import Any
 
 from pivot_megatron.bench.flops import Flops
 from pivot_megatron.bench.peers import SIDES, Comparison, Speed, spread
+from pivot_megatron.bench.report import GIB, TERA
 
 _COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c")
-_GIB = 2.0**30
-_TERA = 1e12
 
 
 def write_plot(found: Comparison, path: Path) -> None:
@@ -23,7 +22,7 @@ def write_plot(found: Comparison, path: Path) -> None:
 
     figure, (speed, memory, flops) = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     _runs(speed, found, "pairs a second", lambda run: run.pairs_a_second)
-    _runs(memory, found, "peak memory, GiB", lambda run: run.peak_bytes / _GIB)
+    _runs(memory, found, "peak memory, GiB", lambda run: run.peak_bytes / GIB)
     _stacks(flops, found)
     figure.suptitle(
         f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
@@ -46,7 +45,7 @@ def _stacks(axes: Any, found: Comparison) -> None:
     sides = list(found.flops)
     below = [0.0] * len(sides)
     for colour, part in zip(_COLOURS, (field.name for field in fields(Flops)), strict=True):
-        heights = [getattr(found.flops[side], part) / _TERA for side in sides]
+        heights = [getattr(found.flops[side], part) / TERA for side in sides]
         axes.bar(range(len(sides)), heights, bottom=below, width=0.6, color=colour, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(sides)), [side.replace("_", " ") for side in sides])

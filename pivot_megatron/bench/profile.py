@@ -14,13 +14,11 @@ from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.shapes import Shape
 from pivot_megatron.bench.world import make_world
 from pivot_megatron.config.load import load_config
-from pivot_megatron.errors import UserError
 from pivot_megatron.train.step import StepResult
 from pivot_megatron.train.trainer import train
 
 _WARM_UP = 2
 _PROFILED = 2
-_WORLD_SEED = 777
 # The first kind whose words an operator's name contains.
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm", "convolution"),
@@ -42,10 +40,8 @@ class Profile:
 
 def profile_steps(shape: Shape, out: Path) -> Profile:
     """Train a few steps of `shape` in this process, in `out`, and look at those after the first ones."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: already has files in it; give a new folder with --out")
     setting = Setting(_WARM_UP + _PROFILED, shape.pairs_a_step)
-    world = make_world(out / "world", shape, _WORLD_SEED)
+    world = make_world(out, shape)
     config = out / "run.yaml"
     config.write_text(yaml.safe_dump(pivot_config(world, setting, out / "run")))
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from pivot_megatron.bench.flops import Flops
 from pivot_megatron.bench.peer_environment import PINS
 from pivot_megatron.bench.peers import SIDES, WARM_UP, Comparison, Spread
+from pivot_megatron.runtime.device import available_cores
 from pivot_megatron.train.run_folder import installed_version
 
 GIB = 2.0**30
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "python": platform.python_version(),
         "torch": installed_version("torch"),
         "transformers": installed_version("transformers"),

@@ -14,6 +14,7 @@ from pivot_megatron.bench.shapes import Shape
 from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.shards import ShardWriter
+from pivot_megatron.errors import UserError
 
 _SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "po", "ri", "sa", "to", "vu")
 _BLOCK = 8  # pixels a side of one colour: detail in every patch, and files of a few KB
@@ -47,9 +48,11 @@ class World:
         return self.folder / "llava"
 
 
-def make_world(folder: Path, shape: Shape, seed: int) -> World:
-    """Write `shape`'s model and pairs to `folder`, which must not exist yet."""
-    world = World(folder)
+def make_world(out: Path, shape: Shape, seed: int = 777) -> World:
+    """Write `shape`'s model and pairs below `out`. Raises UserError where that has files in it already."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: already has files in it; give a new folder with --out")
+    world = World(out / "world")
     words = _words()
     make_encoder(
         world.encoder,

@@ -38,6 +38,7 @@ class PackedBatch:
     length: int  # tokens before the padding
     max_position: int  # highest of `positions`, known on the host
     keys: tuple[str, ...]  # [S] sample keys
+    digests: tuple[bytes, ...]  # [S] the same of what each one's tokens are, see Tokenized
 
     @property
     def samples(self) -> int:

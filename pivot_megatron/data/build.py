@@ -62,7 +62,7 @@ def build_loader(
         too_long=config.data.too_long,
     )
     return Loader(
-        samples=PairSet(config.data.shards),
+        samples=PairSet.open(config.data.shards),
         tokenize=tokenize,
         transform=transform,
         image_backend=config.data.image_backend,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -30,13 +31,20 @@ T = TypeVar("T")
 class PairSet:
     """Samples of several shard folders, one after another, by one index."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._readers = [ShardReader(folder) for folder in folders]
-        self._ends: list[int] = []
-        for reader in self._readers:
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(reader))
-        if not len(self):
-            raise UserError(f"data.shards: expected samples in {', '.join(map(str, folders))}, found none")
+    def __init__(self, readers: Sequence[ShardReader]) -> None:
+        self._readers = readers
+        self._ends = list(accumulate(map(len, readers)))
+
+    @classmethod
+    def open(cls, folders: Sequence[Path]) -> PairSet:
+        readers = [ShardReader(folder) for folder in folders]
+        if empty := [str(folder) for folder, reader in zip(folders, readers, strict=True) if not len(reader)]:
+            raise UserError(f"data.shards: expected samples in {', '.join(empty)}, found none")
+        return cls(readers)
+
+    def by_folder(self) -> list[PairSet]:
+        """The samples of each folder as a set of their own."""
+        return [PairSet([reader]) for reader in self._readers]
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -10,6 +11,48 @@ from torch import Tensor
 
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.tokens import Tokenized
+
+
+@dataclass
+class _Layout:
+    """Samples laid out one after another, in the names and meanings of PackedBatch's fields; `key_index` with every key."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    image_positions: list[int] = field(default_factory=list)
+    key_index: list[int] = field(default_factory=list)
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    predictors: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    branch: list[int] = field(default_factory=list)
+
+    def add(self, sample: Tokenized, first_branch: int) -> None:
+        """`first_branch`: the number of the sample's first branch in the pack."""
+        start, prefix = len(self.tokens), len(sample.prefix)
+        for at in sample.images:
+            self.image_positions += range(start + at, start + at + sample.image_tokens)
+        self.tokens += sample.prefix
+        self.positions += range(prefix)
+        self.segments += sample.segments
+        for number, branch in enumerate(sample.branches, first_branch):
+            at, length = len(self.tokens), len(branch.ids)
+            for i, (token, loss) in enumerate(zip(branch.ids, branch.loss, strict=True)):
+                if loss:  # the first token of a branch is predicted from the last of the prefix
+                    self.predictors.append(at + i - 1 if i else start + prefix - 1)
+                    self.targets.append(token)
+                    self.branch.append(number)
+            self.tokens += branch.ids
+            self.positions += range(prefix, prefix + length)
+            self.key_index += range(start, start + prefix)
+            self.key_index += range(at, at + length)
+
+    def pad(self, length: int) -> None:
+        start, padding = len(self.tokens), length - len(self.tokens)
+        if padding:
+            self.tokens += [0] * padding
+            self.positions += [0] * padding
+            self.key_index += range(start, length)
+            self.segments.append((padding, padding))
 
 
 def pack(
@@ -28,56 +71,35 @@ def pack(
     shown = range(len(pixels)) if image_index is None else image_index
     if sum(len(s.images) for s in samples) != len(shown):
         raise ValueError(f"samples have {sum(len(s.images) for s in samples)} image places, got {len(shown)} images")
-    tokens: list[int] = []
-    positions: list[int] = []
-    image_positions: list[int] = []
-    keys: list[int] = []
-    segments: list[tuple[int, int]] = []
-    predictors: list[int] = []
-    targets: list[int] = []
-    branch_index: list[int] = []
+    layout = _Layout()
     for n, sample in enumerate(samples):
-        start, prefix = len(tokens), len(sample.prefix)
-        for at in sample.images:
-            image_positions += range(start + at, start + at + sample.image_tokens)
-        tokens += sample.prefix
-        positions += range(prefix)
-        segments += sample.segments
-        for b, branch in enumerate(sample.branches):
-            at, length = len(tokens), len(branch.ids)
-            for i, (token, loss) in enumerate(zip(branch.ids, branch.loss, strict=True)):
-                if loss:  # the first token of a branch is predicted from the last of the prefix
-                    predictors.append(at + i - 1 if i else start + prefix - 1)
-                    targets.append(token)
-                    branch_index.append(n * branches_per_sample + b)
-            tokens += branch.ids
-            positions += range(prefix, prefix + length)
-            keys += range(start, start + prefix)
-            keys += range(at, at + length)
-    length = len(tokens)
-    padding = -length % multiple if length else multiple
-    if padding:
-        keys += range(length, length + padding)
-        segments.append((padding, padding))
+        layout.add(sample, n * branches_per_sample)
+    length = len(layout.tokens)
+    layout.pad(max(1, -(-length // multiple)) * multiple)
     return PackedBatch(
-        tokens=torch.tensor(tokens + [0] * padding),
-        positions=torch.tensor(positions + [0] * padding),
-        image_positions=torch.tensor(image_positions, dtype=torch.long),
-        image_index=torch.tensor(list(shown), dtype=torch.long),
+        tokens=_integers(layout.tokens),
+        positions=_integers(layout.positions),
+        image_positions=_integers(layout.image_positions),
+        image_index=_integers(shown),
         pixels=torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, image_size, image_size),
-        key_index=None if len(keys) == length + padding else torch.tensor(keys),
-        query_ends=_ends([queries for queries, _ in segments]),
-        key_ends=_ends([keys for _, keys in segments]),
-        segments=tuple(segments),
-        predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        branch=torch.tensor(branch_index, dtype=torch.long),
+        key_index=None if len(layout.key_index) == len(layout.tokens) else _integers(layout.key_index),
+        query_ends=_ends([queries for queries, _ in layout.segments]),
+        key_ends=_ends([keys for _, keys in layout.segments]),
+        segments=tuple(layout.segments),
+        predictors=_integers(layout.predictors),
+        targets=_integers(layout.targets),
+        branch=_integers(layout.branch),
         reference=None,
         branches_per_sample=branches_per_sample,
         length=length,
-        max_position=max(positions, default=0),
+        max_position=max(layout.positions),
         keys=tuple(s.key for s in samples),
+        digests=tuple(s.digest for s in samples),
     )
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long)
 
 
 def _ends(lengths: Sequence[int]) -> Tensor:

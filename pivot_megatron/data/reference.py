@@ -51,18 +51,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Row:
-    """`chosen`, `rejected`: log-probs of the answers' tokens; None for a sample that does not fit."""
+    """`tokens`: `Tokenized.digest`. `chosen`, `rejected`: log-probs of the answers' tokens; None for a sample that does not
+    fit."""
 
     key: str
     tokens: bytes
     chosen: Sequence[float] | None
     rejected: Sequence[float] | None
-
-
-def tokens_digest(sample: Tokenized) -> bytes:
-    """16 bytes that name the tokens of `sample`, which of them are predicted, and where its images stand."""
-    told = (sample.prefix, [(b.ids, b.loss) for b in sample.branches], sample.images, sample.image_tokens)
-    return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
 
 def write_rows(path: Path, rows: Sequence[Row], facts: Facts, seconds: float) -> None:
@@ -139,7 +134,7 @@ class ReferenceFile:
     def logprobs(self, position: int, sample: Tokenized) -> Tensor:
         """`[N]` float32: those of the predicted tokens of `sample`'s branches, one after another."""
         answers = [answer.at(position) for answer in self._answers[: len(sample.branches)]]
-        if self._tokens[position] != tokens_digest(sample) or any(a is None for a in answers):
+        if self._tokens[position] != sample.digest or any(a is None for a in answers):
             raise RunError(
                 f"{self.path}: stale: sample {sample.key} has other tokens than when it was made (another tokenizer or "
                 f"sequence length); {self._remedy}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
@@ -41,6 +43,12 @@ class Tokenized:
     branches: tuple[Branch, ...]
     images: tuple[int, ...]
     image_tokens: int
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that name the tokens, which of them are predicted, and where images stand."""
+        told = (self.prefix, [(b.ids, b.loss) for b in self.branches], self.images, self.image_tokens)
+        return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
     @property
     def length(self) -> int:

@@ -181,20 +181,8 @@ def _te(heads: Heads) -> Kernel:
 def _flash_attn(heads: Heads) -> Kernel:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            spans.query_ends,
-            spans.key_ends,
-            *spans.longest,
-            softmax_scale=heads.scale,
-            causal=heads.causal,  # from the bottom right
-        )
-        return out
-
-    return kernel
+    # It is causal from the bottom right.
+    return _varlen(flash_attn_varlen_func, softmax_scale=heads.scale, causal=heads.causal)
 
 
 def _torch_varlen(heads: Heads) -> Kernel:
@@ -204,21 +192,16 @@ def _torch_varlen(heads: Heads) -> Kernel:
 
     # Its first releases repeat keys over their queries by themselves, later ones where they are told to.
     grouped = heads.queries != heads.groups and "enable_gqa" in signature(varlen_attn).parameters
-    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    options = {"enable_gqa": True} if grouped else {}
+    window = (-1, 0) if heads.causal else (-1, -1)  # no keys past the diagonal from the bottom right
+    return _varlen(varlen_attn, scale=heads.scale, window_size=window, **options)
+
+
+def _varlen(attend: Callable[..., Any], **options: Any) -> Kernel:
+    """The order of arguments that flash-attn began and torch took over."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        found: Any = varlen_attn(
-            query,
-            key,
-            value,
-            spans.query_ends,
-            spans.key_ends,
-            *spans.longest,
-            scale=heads.scale,
-            window_size=(-1, 0) if heads.causal else (-1, -1),  # no keys past the diagonal from the bottom right
-            **options,
-        )
-        out: Tensor = found
+        out: Tensor = attend(query, key, value, spans.query_ends, spans.key_ends, *spans.longest, **options)
         return out
 
     return kernel

@@ -53,9 +53,13 @@ def require_fp8() -> None:
         )
 
 
+def available_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_threads(wanted: int | None) -> None:
     """Where the model runs on CPU: `wanted` threads, or this process's share of the cores (torch's default is all of them for
     each process)."""
     if not current_platform().is_cuda:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(wanted or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(wanted or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +21,12 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def _rendezvous() -> dict[str, Any]:
+    """How processes find each other: as a launcher's environment says, or a lone process by itself."""
+    if "RANK" in os.environ:
+        return {}
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but left out of torch's own list
+    return {"store": store, "rank": 0, "world_size": 1}
 
 
 def initialize(layout: Layout, seed: int, timeout_minutes: int = 30) -> None:
@@ -39,13 +40,11 @@ def initialize(layout: Layout, seed: int, timeout_minutes: int = 30) -> None:
             f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} needs a multiple of "
             f"{layout.model_parallel_size} processes, found {world}; start with --processes {layout.model_parallel_size}"
         )
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     platform = current_platform()
     use_threads(layout.cpu_threads)
     if not dist.is_initialized():
-        dist.init_process_group(platform.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        dist.init_process_group(platform.backend, timeout=timeout, **_rendezvous())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
     )
@@ -100,6 +99,13 @@ def sum_over_loss_ranks(values: dict[str, float]) -> dict[str, float]:
     packed = packed.to(current_platform().device)
     dist.all_reduce(packed)
     return dict(zip(values, packed.tolist(), strict=True))
+
+
+def from_main_process(value: Any) -> Any:
+    """The main process's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:

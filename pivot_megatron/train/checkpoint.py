@@ -27,7 +27,7 @@ from pivot_megatron.convert.store import (
     steps_in,
 )
 from pivot_megatron.errors import UserError
-from pivot_megatron.runtime.distributed import is_main_process
+from pivot_megatron.runtime.distributed import from_main_process, is_main_process
 from pivot_megatron.train.optimizer import Optimization
 
 
@@ -66,9 +66,8 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The same answer on every rank."""
     steps = steps_in(folder)
-    answer = [steps[-1][1] if steps else None]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    newest: Path | None = from_main_process(steps[-1][1] if steps else None)
+    return newest
 
 
 def progress_of(checkpoint: Path) -> Progress:

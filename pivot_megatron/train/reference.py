@@ -20,11 +20,11 @@ from pivot_megatron.convert.fingerprint import model_fingerprint
 from pivot_megatron.convert.start import start_weights
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.loader import Loader, PairSet
-from pivot_megatron.data.reference import Facts, ReferenceFile, Row, is_made_with, join, tokens_digest, write_rows
-from pivot_megatron.data.tokens import DoesNotFit
+from pivot_megatron.data.reference import Facts, ReferenceFile, Row, is_made_with, join, write_rows
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.runtime.distributed import (
+    from_main_process,
     gather_objects,
     is_last_stage,
     is_main_process,
@@ -54,40 +54,38 @@ class ReferencePass:
 
     def files(self, make: bool) -> list[ReferenceFile]:
         """One a folder of shards, in the order of the config. Those that are missing are made, or it is an error."""
-        facts = [self._facts(PairSet([folder])) for folder in self.config.data.shards]
+        folders = self.loader.samples.by_folder()
+        facts = self._facts(folders)
         paths = [folder / f.name for folder, f in zip(self.config.data.shards, facts, strict=True)]
-        missing = _agreed([not path.exists() for path in paths])
+        missing = from_main_process([not path.exists() for path in paths])
         if any(missing) and not make:
             raise UserError(f"{paths[missing.index(True)]}: no such file; run `pivot reference` first")
         if any(missing):
             model = frozen_model(self.config, self.arch, self.start)
-            for path, fact, absent in zip(paths, facts, missing, strict=True):
+            for path, fact, samples, absent in zip(paths, facts, folders, missing, strict=True):
                 if absent:
-                    self._make(path, fact, model)
-        return [ReferenceFile(path, fact, PairSet([path.parent]).keys) for path, fact in zip(paths, facts, strict=True)]
+                    self._make(path, fact, samples, model)
+        return [
+            ReferenceFile(path, fact, samples.keys) for path, fact, samples in zip(paths, facts, folders, strict=True)
+        ]
 
-    def _facts(self, samples: PairSet) -> Facts:
-        """The same on every rank: weights are read and hashed by one."""
+    def _facts(self, folders: Sequence[PairSet]) -> list[Facts]:
+        """Of each folder, the same on every rank: weights are read and hashed by one."""
         config, transform = self.config, self.loader.transform
-        weights = _agreed(model_fingerprint(self.start, config.seed) if is_main_process() else None)
-        return Facts(
-            model={**weights, "precision": f"{config.precision.compute} {config.precision.fp8}"},
-            data={
-                "shards": samples.fingerprint,
-                "processor": f"{transform.fingerprint} {config.data.image_backend}",
-                "template": config.data.template,
-            },
-        )
+        weights = from_main_process(model_fingerprint(self.start, config.seed) if is_main_process() else None)
+        model = {**weights, "precision": f"{config.precision.compute} {config.precision.fp8}"}
+        how = {"processor": f"{transform.fingerprint} {config.data.image_backend}", "template": config.data.template}
+        return [Facts(model, {"shards": samples.fingerprint, **how}) for samples in folders]
 
-    def _make(self, path: Path, facts: Facts, model: VisionLanguageModel) -> None:
-        loader = dataclasses.replace(self.loader, samples=PairSet([path.parent]))
+    def _make(self, path: Path, facts: Facts, samples: PairSet, model: VisionLanguageModel) -> None:
+        loader = dataclasses.replace(self.loader, samples=samples)
         parts = path.with_name(path.name + ".parts")
         _written(partial(parts.mkdir, exist_ok=True), path)
         names = []
         total = len(loader.samples)
         for first in range(0, total, SAMPLES_A_PART):
             names.append(parts / f"{first:09d}.parquet")
-            if _agreed(is_made_with(names[-1], facts)):
+            if from_main_process(is_made_with(names[-1], facts)):
                 continue
             began = time.perf_counter()
             rows = _rows(model, loader, first, min(first + SAMPLES_A_PART, total))
@@ -103,17 +101,16 @@ class ReferencePass:
 
 def _rows(model: VisionLanguageModel, loader: Loader, first: int, last: int) -> list[Row]:
     """Samples `first` to `last` of the loader's folder, on the main process; nothing elsewhere."""
-    found: dict[str, list[list[float]]] = {}
+    found: list[Row] = []
     for data in loader.in_order(first, last):
-        found |= _answers(data.micro_batches, forward_logprobs(model, data.micro_batches))
-    gathered = {key: answers for part in gather_objects(found) for key, answers in part.items()}
-    return [_row(loader, index, gathered) for index in range(first, last)] if is_main_process() else []
+        found += (Row(dropped.key, bytes(16), None, None) for dropped in data.dropped)
+        found += _scored(data.micro_batches, forward_logprobs(model, data.micro_batches))
+    rows = {row.key: row for part in gather_objects(found) for row in part}
+    return [rows[loader.samples.key(index)] for index in range(first, last)] if is_main_process() else []
 
 
-def _answers(
-    batches: Sequence[PackedBatch], logprobs: Sequence[torch.Tensor | None]
-) -> Iterator[tuple[str, list[list[float]]]]:
-    """Each sample's key with its branches' log-probs, from one rank of those that hold the same."""
+def _scored(batches: Sequence[PackedBatch], logprobs: Sequence[torch.Tensor | None]) -> Iterator[Row]:
+    """Each sample's row, from one rank of those that hold the same."""
     if not is_last_stage() or tensor_parallel_coordinates()[0]:
         return
     for batch, values in zip(batches, logprobs, strict=True):
@@ -121,23 +118,8 @@ def _answers(
             continue
         counts = torch.bincount(batch.branch, minlength=batch.branches).tolist()
         answers = [part.tolist() for part in values.cpu().split(counts)]
-        for n, key in enumerate(batch.keys):
-            yield key, answers[n * batch.branches_per_sample : (n + 1) * batch.branches_per_sample]
-
-
-def _row(loader: Loader, index: int, answers: dict[str, list[list[float]]]) -> Row:
-    key = loader.samples.key(index)
-    try:
-        return Row(key, tokens_digest(loader.tokenized(index)), *answers[key])
-    except DoesNotFit:
-        return Row(key, bytes(16), None, None)
-
-
-def _agreed(value: Any) -> Any:
-    """The main process's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+        for n, (key, digest) in enumerate(zip(batch.keys, batch.digests, strict=True)):
+            yield Row(key, digest, *answers[2 * n : 2 * n + 2])
 
 
 def _written(write: Any, path: Path) -> None:
@@ -148,7 +130,7 @@ def _written(write: Any, path: Path) -> None:
             write()
         except OSError as error:
             problem = error.strerror or str(error)
-    if (problem := _agreed(problem)) is not None:
+    if (problem := from_main_process(problem)) is not None:
         raise UserError(
             f"{path}: cannot write reference log-probs beside the shards ({problem}); make the folder writable, or set "
             "objective.reference: online"

@@ -55,7 +55,7 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("peers") / "world", SHAPE, seed=5)
+    return make_world(tmp_path_factory.mktemp("peers"), SHAPE, seed=5)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

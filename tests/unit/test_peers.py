@@ -31,7 +31,7 @@ PAIRS = [PairLengths(30, 5, 9, 14), PairLengths(28, 7, 4, 11)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("peers") / "world", SHAPE, seed=5)
+    return make_world(tmp_path_factory.mktemp("peers"), SHAPE, seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from pivot_megatron.data.reference import (
     is_made_with,
     join,
     pass_seconds,
-    tokens_digest,
     write_rows,
 )
 from pivot_megatron.data.tokens import Branch, Tokenized
@@ -32,7 +31,7 @@ def sample(key: str, first: int) -> Tokenized:
 
 
 SAMPLES = [sample("a", 7), sample("b", 8), sample("c", 9)]
-ROWS = [Row(s.key, tokens_digest(s), (-1.5 * s.branches[0].ids[0], -0.25), (-0.125,)) for s in SAMPLES]
+ROWS = [Row(s.key, s.digest, (-1.5 * s.branches[0].ids[0], -0.25), (-0.125,)) for s in SAMPLES]
 
 
 def written(folder: Path, rows: list[Row] = ROWS, facts: Facts = FACTS) -> Path:

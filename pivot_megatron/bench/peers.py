@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pivot_megatron.bench.agreement import largest_differences
 from pivot_megatron.bench.flops import Flops, PairLengths, Work, pivot_work, step, trl_work
-from pivot_megatron.bench.gemm import gemm_peak
 from pivot_megatron.bench.peer_environment import default_cache, peer_python
 from pivot_megatron.bench.peer_job import Setting, pair_lengths
 from pivot_megatron.bench.peer_runs import PeerRun, run_pivot, run_trl
@@ -23,22 +23,10 @@ from pivot_megatron.model.composition import Architecture
 SIDES = ("pivot", "trl")
 WARM_UP = 1
 """Steps at a run's beginning that are not timed: they pay for the first use of everything."""
+QUIET = 0.8
+"""Of the machine's best rate at matrix products: what was timed while it fell lower is left out."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One run, the reference pass counted in. `tokens`: of both answers behind a prefix each, whoever lays them out how.
-    `reference_seconds`: a pair, where it is a pass of its own. `others`: cores that other processes kept busy meanwhile."""
-
-    side: str
-    pairs_a_second: float
-    tokens_a_second: float
-    peak_bytes: int
-    others: float
-    step_seconds: tuple[float, ...]
-    reference_seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,28 +38,35 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """Spreads are over rounds; a ratio is of the two runs of one round. `gain`: ours by theirs for speed, theirs by ours for
-    memory and FLOPs: above 1 is for us."""
+    """Speeds are of the steps that were made while the machine was quiet, the reference pass counted in; `tokens` are of both
+    answers behind a prefix each, whoever lays them out how. `steps`: how many those are, of how many timed.
 
+    Spreads are over rounds; a ratio is of the two runs of one round, both with quiet steps. `gain`: ours by theirs for speed,
+    theirs by ours for memory: above 1 is for us. `quiet`: whether any round has such a ratio; without one, what was timed on a
+    busy machine stands here instead. `reference_seconds`: of our own reference pass, a pair.
+    """
+
+    quiet: bool
+    reference_seconds: float
+    steps: Mapping[str, tuple[int, int]]
     pairs_a_second: Mapping[str, Spread]
     tokens_a_second: Mapping[str, Spread]
     peak_bytes: Mapping[str, Spread]
-    others: Mapping[str, Spread]
     speed_gain: Spread
     memory_gain: Spread
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`epochs` share one reference pass of ours. `gemm_peak`: FLOP/s, see there; the best over the rounds. `flops`: a mean
-    step's by side, and TRL's as it would be on a GPU. `differences`: the largest between the two sides'
-    metrics, see `largest_differences`."""
+    """`epochs` share one reference pass of ours. `gemm_peak`: FLOP/s, the best of all looks at the machine. `rounds`: every run
+    by side. `flops`: a mean step's by side, and TRL's as it would be on a GPU. `differences`: the largest between the two
+    sides' metrics, see `largest_differences`."""
 
     shape: Shape
     setting: Setting
     epochs: int
     gemm_peak: float
-    rounds: Sequence[Mapping[str, Speed]]
+    rounds: Sequence[Mapping[str, PeerRun]]
     summary: Summary
     flops: Mapping[str, Flops]
     differences: Mapping[str, float]
@@ -96,48 +91,72 @@ def compare(
     say(f"model and pairs of shape {shape.name}")
     world = make_world(out, shape)
     lengths = pair_lengths(world, setting)
-    measured: list[dict[str, Speed]] = []
-    peaks: list[float] = []
+    measured: list[dict[str, PeerRun]] = []
     differences: dict[str, float] = {}
     for number in range(rounds):
-        peaks.append(gemm_peak())
         found: dict[str, PeerRun] = {}
-        speeds: dict[str, Speed] = {}
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
             folder = out / "runs" / f"{number}-{side}"
             ours = side == "pivot"
             found[side] = run_pivot(world, setting, folder) if ours else run_trl(python, world, setting, folder)
-            speeds[side] = speed_of(side, found[side], lengths, epochs)
-            say(f"round {number + 1} of {rounds}: {side} {speeds[side].pairs_a_second:.3g} pairs/s")
-        measured.append(speeds)
+            seconds = ", ".join(f"{step.seconds:.2f}" for step in found[side].watched.steps)
+            say(f"round {number + 1} of {rounds}: {side}, steps of {seconds} s")
+        measured.append(found)
         one = largest_differences(found["pivot"].steps, found["trl"].steps, setting.beta)
         differences = {name: max(value, differences.get(name, 0.0)) for name, value in one.items()}
-    flops = flops_by_side(describe(world.checkpoint).architecture(), lengths[WARM_UP:], epochs)
-    return Comparison(shape, setting, epochs, max(peaks), measured, summarise(measured), flops, differences)
-
-
-def speed_of(side: str, run: PeerRun, lengths: Sequence[Sequence[PairLengths]], epochs: int) -> Speed:
-    steps = tuple(float(line["step_seconds"]) for line in run.steps[WARM_UP:])
     timed = lengths[WARM_UP:]
-    pairs = sum(len(step) for step in timed)
-    tokens = sum(pair.separate for step in timed for pair in step)
-    seconds = sum(steps) + pairs * run.reference_seconds / epochs
-    watched, reference = run.watched, run.reference_seconds
-    return Speed(side, pairs / seconds, tokens / seconds, watched.peak_bytes, watched.others, steps, reference)
+    flops = flops_by_side(describe(world.checkpoint).architecture(), timed, epochs)
+    peak = max(part.rate for found in measured for run in found.values() for part in run.watched.slices)
+    summary = summarise(measured, timed, epochs, QUIET * peak)
+    return Comparison(shape, setting, epochs, peak, measured, summary, flops, differences)
 
 
-def summarise(rounds: Sequence[Mapping[str, Speed]]) -> Summary:
-    def by_side(value: Callable[[Speed], float]) -> dict[str, Spread]:
-        return {side: spread([value(one[side]) for one in rounds]) for side in SIDES}
+def summarise(
+    rounds: Sequence[Mapping[str, PeerRun]], lengths: Sequence[Sequence[PairLengths]], epochs: int, floor: float
+) -> Summary:
+    """`lengths`: of the timed steps' pairs. `floor`: the machine's rate below which it is not quiet."""
+    references = [run for run in (found["pivot"] for found in rounds) if run.watched.start.rate >= floor]
+    reference = statistics.median(run.reference_seconds for run in references) if references else math.nan
+    speeds = {
+        side: [_speed(found[side], lengths, reference / epochs if side == "pivot" else 0.0, floor) for found in rounds]
+        for side in SIDES
+    }
+    both = [pair for pair in zip(speeds["pivot"], speeds["trl"], strict=True) if all(speed.steps for speed in pair)]
+    if floor and not (references and both):
+        return replace(summarise(rounds, lengths, epochs, floor=0.0), quiet=False)
 
+    def by_side(value: Callable[[_Speed], float]) -> dict[str, Spread]:
+        return {side: spread([value(speed) for speed in speeds[side] if speed.steps]) for side in SIDES}
+
+    memory = {side: [float(found[side].watched.peak_bytes) for found in rounds] for side in SIDES}
     return Summary(
-        pairs_a_second=by_side(lambda speed: speed.pairs_a_second),
-        tokens_a_second=by_side(lambda speed: speed.tokens_a_second),
-        peak_bytes=by_side(lambda speed: speed.peak_bytes),
-        others=by_side(lambda speed: speed.others),
-        speed_gain=spread([one["pivot"].pairs_a_second / one["trl"].pairs_a_second for one in rounds]),
-        memory_gain=spread([one["trl"].peak_bytes / one["pivot"].peak_bytes for one in rounds]),
+        quiet=True,
+        reference_seconds=reference,
+        steps={side: (sum(s.steps for s in speeds[side]), len(rounds) * len(lengths)) for side in SIDES},
+        pairs_a_second=by_side(lambda speed: speed.pairs / speed.seconds),
+        tokens_a_second=by_side(lambda speed: speed.tokens / speed.seconds),
+        peak_bytes={side: spread(memory[side]) for side in SIDES},
+        speed_gain=spread([(a.pairs / a.seconds) / (b.pairs / b.seconds) for a, b in both]),
+        memory_gain=spread([b / a for a, b in zip(memory["pivot"], memory["trl"], strict=True)]),
     )
+
+
+@dataclass(frozen=True)
+class _Speed:
+    steps: int
+    pairs: int
+    tokens: int
+    seconds: float
+
+
+def _speed(run: PeerRun, lengths: Sequence[Sequence[PairLengths]], reference: float, floor: float) -> _Speed:
+    """Of the run's quiet steps. `reference`: seconds a pair that come on top."""
+    quiet = [
+        (step.seconds, pairs) for step, pairs in zip(run.watched.steps, lengths, strict=True) if step.rate >= floor
+    ]
+    pairs = [pair for _, step in quiet for pair in step]
+    seconds = sum(seconds for seconds, _ in quiet) + reference * len(pairs)
+    return _Speed(len(quiet), len(pairs), sum(pair.separate for pair in pairs), seconds)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -1,14 +1,14 @@
-"""A comparison as a picture: speed and memory of every run, and the operations that each trainer needs."""
+"""A comparison as a picture: speed and memory of each side, and the operations that each trainer needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from pivot_megatron.bench.flops import Flops
-from pivot_megatron.bench.peers import SIDES, Comparison, Speed, spread
+from pivot_megatron.bench.peers import SIDES, Comparison, Spread
 from pivot_megatron.bench.report import GIB, TERA
 
 _COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c")
@@ -21,8 +21,8 @@ def write_plot(found: Comparison, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (speed, memory, flops) = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    _runs(speed, found, "pairs a second", lambda run: run.pairs_a_second)
-    _runs(memory, found, "peak memory, GiB", lambda run: run.peak_bytes / GIB)
+    _bars(speed, "pairs a second", found.summary.pairs_a_second)
+    _bars(memory, "peak memory, GiB", found.summary.peak_bytes, GIB)
     _stacks(flops, found)
     figure.suptitle(
         f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
@@ -31,12 +31,12 @@ def write_plot(found: Comparison, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _runs(axes: Any, found: Comparison, title: str, value: Callable[[Speed], float]) -> None:
-    """A bar at each side's median, a dot for each of its runs."""
+def _bars(axes: Any, title: str, spreads: Mapping[str, Spread], unit: float = 1.0) -> None:
+    """A bar at each side's median over rounds, a line from its lowest to its highest."""
     for place, side in enumerate(SIDES):
-        values = [value(one[side]) for one in found.rounds]
-        axes.bar(place, spread(values).median, width=0.6, color=_COLOURS[place], alpha=0.5)
-        axes.plot([place] * len(values), values, "o", color=_COLOURS[place], markersize=4)
+        low, median, high = (value / unit for value in astuple(spreads[side]))
+        axes.bar(place, median, width=0.6, color=_COLOURS[place], alpha=0.5)
+        axes.plot([place, place], [low, high], color=_COLOURS[place], marker="_")
     axes.set_xticks(range(len(SIDES)), SIDES)
     _style(axes, title)
 

@@ -12,15 +12,13 @@ from typing import Any
 
 from pivot_megatron.bench.flops import Flops
 from pivot_megatron.bench.peer_environment import PINS
-from pivot_megatron.bench.peers import SIDES, WARM_UP, Comparison, Spread
+from pivot_megatron.bench.peers import QUIET, SIDES, WARM_UP, Comparison, Spread
 from pivot_megatron.runtime.device import available_cores
 from pivot_megatron.train.run_folder import installed_version
 
 GIB = 2.0**30
 GIGA = 1e9
 TERA = 1e12
-QUIET = 0.1
-"""Cores that others may keep busy before a speed is not worth quoting."""
 
 
 def as_json(found: Comparison) -> str:
@@ -69,10 +67,9 @@ def as_text(found: Comparison) -> str:
                     ["pairs/s", *_both(summary.pairs_a_second), _gain(summary.speed_gain)],
                     ["tokens/s", *_both(summary.tokens_a_second), ""],
                     ["peak memory, GiB", *_both(summary.peak_bytes, GIB), _gain(summary.memory_gain)],
-                    ["busy elsewhere, cores", *_both(summary.others), ""],
                 ],
             ),
-            *_warning(found),
+            *_quiet(found),
             "",
             *_rates(found),
             "",
@@ -86,7 +83,9 @@ def as_text(found: Comparison) -> str:
 
 def _rates(found: Comparison) -> list[str]:
     """What each side does of its own operations in a second, against the best that this machine multiplies matrices at."""
-    reference = f"the reference pass counts once in epochs: {found.epochs}"
+    reference = (
+        f"the reference pass, {found.summary.reference_seconds:.2f} s a pair, counts once in epochs: {found.epochs}"
+    )
     rates = []
     for side in SIDES:
         speed = found.summary.pairs_a_second[side].median / found.setting.pairs_a_step
@@ -95,13 +94,12 @@ def _rates(found: Comparison) -> list[str]:
     return [f"{', '.join(rates)} of a GEMM peak of {found.gemm_peak / GIGA:.0f} GFLOP/s; {reference}"]
 
 
-def _warning(found: Comparison) -> list[str]:
-    worst = max(of.high for of in found.summary.others.values())
-    if worst <= QUIET:
-        return []
-    return [
-        f"other processes kept up to {worst:.1f} cores busy: these speeds say little; measure again on a quiet machine"
-    ]
+def _quiet(found: Comparison) -> list[str]:
+    what = f"matrix products at {QUIET:.0%} or more of their best rate before, during and after"
+    if not found.summary.quiet:
+        return [f"the machine was never quiet for both ({what}): these speeds say little; measure again"]
+    (ours, of_ours), (theirs, of_theirs) = (found.summary.steps[side] for side in SIDES)
+    return [f"speeds are of steps on a quiet machine ({what}): {ours} of {of_ours}, {theirs} of {of_theirs}"]
 
 
 def _both(spreads: Mapping[str, Spread], unit: float = 1.0) -> list[str]:

@@ -1,57 +1,95 @@
-"""A child process whose memory is watched while it makes its steps, and what else the machine did meanwhile."""
+"""A child process timed step by step from outside, its memory watched, and how fast the machine was meanwhile."""
 
 from __future__ import annotations
 
 import os
-import resource
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pivot_megatron.bench.gemm import gemm_rate
 from pivot_megatron.errors import RunError, UserError
 
-_SECONDS_BETWEEN = 0.1
+_SECONDS_BETWEEN = 0.01
+_SLICE = 4.0  # seconds that the child runs before the machine is looked at again
 _LAST_WORDS = 12  # lines of a failed child's output that are shown
-_BUSY = (0, 1, 2, 5, 6, 7)  # of /proc/stat's `cpu` line: user, nice, system, irq, softirq, steal
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`seconds` that the child ran for, and the lowest rate, FLOP/s, at which the machine multiplied matrices before, after
+    and now and then in between. What shares a machine comes and goes, and no counter of the kernel's tells of it."""
+
+    seconds: float
+    rate: float
 
 
 @dataclass(frozen=True)
 class Watched:
-    """`peak_bytes`: highest resident memory up to the last step. `others`: how many cores other processes kept busy on
-    average; two threads that wait for each other at every operation lose far more than that share to them."""
+    """`start` reaches up to the end of the first step; `steps` are those after it. `peak_bytes`: highest resident memory up
+    to the last step."""
 
+    start: Slice
+    steps: tuple[Slice, ...]
     peak_bytes: int
-    others: float
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        return self.start, *self.steps
 
 
 def run_watched(
-    command: Sequence[str], metrics: Path, steps: int, log: Path, environment: Mapping[str, str]
+    command: Sequence[str],
+    metrics: Path,
+    steps: int,
+    log: Path,
+    environment: Mapping[str, str],
+    rate: Callable[[], float] = gemm_rate,
 ) -> Watched:
-    """Run `command` to its end. Memory counts up to the last of `steps` lines in `metrics`, so what follows, such as saving a
-    checkpoint, does not. Raises RunError where the command fails, with the end of its output, which goes to `log`.
+    """Run `command` to its end: it writes a line to `metrics` at each of `steps` steps' ends.
+
+    The child stands still while `rate` is taken: at each step's end and every few seconds in between, but not before its
+    first step, what it times by itself there. What follows its last step, such as saving a checkpoint, does not count. Raises
+    RunError where the command fails, with the end of its output, which goes to `log`.
     """
     if not Path("/proc/self/status").exists():
         raise UserError("bench peers: memory is read from /proc, which this system does not have; run it on Linux")
     peak = 0
-    began, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+    slices: list[Slice] = []
+    rates = [rate()]
     with log.open("wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment))
+        child = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+        )
         try:
+            ran, since = 0.0, time.monotonic()
             while child.poll() is None:
-                seen = _peak_memory(child.pid)
-                if _lines(metrics) < steps:
-                    peak = max(peak, seen)
                 time.sleep(_SECONDS_BETWEEN)
+                if len(slices) >= steps:
+                    continue
+                peak = max(peak, _peak_memory(child.pid))
+                ended = _lines(metrics) - len(slices)
+                if ended or (slices and time.monotonic() - since > _SLICE):
+                    os.killpg(child.pid, signal.SIGSTOP)
+                    ran += time.monotonic() - since
+                    rates.append(rate())
+                    if ended:  # two at once where they are shorter than the wait between two looks
+                        slices += [Slice(ran / ended, min(rates))] * ended
+                        ran, rates = 0.0, rates[-1:]
+                    since = time.monotonic()
+                    os.killpg(child.pid, signal.SIGCONT)
         finally:
             child.kill()
             child.wait()
     if child.returncode:
         words = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_WORDS:])
         raise RunError(f"{command[0]} ended with {child.returncode}; the end of {log}:\n{words}")
-    others = (_busy_seconds() - busy) - (_own_seconds() - own)
-    return Watched(peak, max(others, 0.0) / (time.monotonic() - began))
+    if len(slices) < steps:
+        raise RunError(f"{command[0]} made {len(slices)} of {steps} steps; see {log}")
+    return Watched(slices[0], tuple(slices[1:]), peak)
 
 
 def _peak_memory(process: int) -> int:
@@ -69,15 +107,3 @@ def _peak_memory(process: int) -> int:
 
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _busy_seconds() -> float:
-    """That all cores together have worked since the machine started."""
-    ticks = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    return sum(int(ticks[i]) for i in _BUSY) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
-    """CPU time of this process and its ended children."""
-    used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)

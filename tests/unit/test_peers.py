@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from pivot_megatron.bench.agreement import largest_differences, rounding
 from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
 from pivot_megatron.bench.peer_runs import PeerRun
-from pivot_megatron.bench.peers import Spread, compare, speed_of, summarise
+from pivot_megatron.bench.peers import Spread, compare, summarise
 from pivot_megatron.bench.shapes import shape_by_name
-from pivot_megatron.bench.watched import Watched, run_watched
+from pivot_megatron.bench.watched import Slice, Watched, run_watched
 from pivot_megatron.bench.world import World, make_world
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RunError, UserError
@@ -83,30 +85,55 @@ def test_a_step_is_four_forwards_five_of_the_logits_and_three_of_the_patches(arc
     assert (once + Flops(logits=1.0)).logits == once.logits + 1
 
 
-def run(seconds: list[float], peak: int, others: float = 0.0) -> PeerRun:
-    return PeerRun([{"step_seconds": value} for value in seconds], Watched(peak, others))
+LENGTHS = [PAIRS, PAIRS]
 
 
-def test_the_warm_up_step_is_not_timed() -> None:
-    speed = speed_of("pivot", run([100.0, 2.0, 3.0], peak=7), [PAIRS, PAIRS, PAIRS], 1)
-    assert speed.step_seconds == (2.0, 3.0)
-    assert speed.pairs_a_second == pytest.approx(4 / 5)
-    assert speed.tokens_a_second == pytest.approx(2 * (74 + 67) / 5)
+def run(seconds: Sequence[float], peak: int = 10, rates: Sequence[float] = (), reference: float = 0.0) -> PeerRun:
+    """The first of `rates` is of the start."""
+    start, *others = rates or [1.0] * (len(seconds) + 1)
+    steps = tuple(Slice(*step) for step in zip(seconds, others, strict=True))
+    return PeerRun([], Watched(Slice(9.0, start), steps, peak), reference)
 
 
 def test_ratios_are_of_the_runs_of_one_round() -> None:
-    lengths = [PAIRS, PAIRS]
-    rounds = [
-        {
-            "pivot": speed_of("pivot", run([0, ours], peak=10), lengths, 1),
-            "trl": speed_of("trl", run([0, theirs], peak=peak), lengths, 1),
-        }
+    measured = [
+        {"pivot": run([ours, ours]), "trl": run([theirs, theirs], peak)}
         for ours, theirs, peak in ((1.0, 2.0, 10), (2.0, 8.0, 20), (1.0, 3.0, 30))
     ]
-    found = summarise(rounds)
+    found = summarise(measured, LENGTHS, 1, floor=0.8)
+    assert found.quiet
     assert found.speed_gain == Spread(2.0, 3.0, 4.0)
     assert found.memory_gain == Spread(1.0, 2.0, 3.0)
     assert found.pairs_a_second["pivot"] == Spread(1.0, 2.0, 2.0)
+    assert found.tokens_a_second["trl"].high == pytest.approx((74 + 67) / 2)
+
+
+def test_what_was_timed_on_a_busy_machine_is_left_out() -> None:
+    measured = [
+        {"pivot": run([2.0, 9.0], rates=[1.0, 0.9, 0.7]), "trl": run([50.0, 10.0], rates=[0.1, 0.7, 0.8])},
+        {"pivot": run([4.0, 9.0], rates=[1.0, 0.8, 0.1]), "trl": run([50.0, 60.0], rates=[1.0, 0.7, 0.7])},
+    ]
+    found = summarise(measured, LENGTHS, 1, floor=0.8)
+    assert found.quiet
+    assert found.steps == {"pivot": (2, 4), "trl": (1, 4)}
+    assert found.speed_gain == Spread(5.0, 5.0, 5.0)
+    assert found.pairs_a_second["pivot"] == Spread(0.5, 0.75, 1.0)
+
+
+def test_a_machine_that_was_never_quiet_is_told_of() -> None:
+    busy = [{"pivot": run([2.0], rates=[0.7, 0.9]), "trl": run([8.0], rates=[1.0, 0.9])}]
+    found = summarise(busy, LENGTHS[:1], 1, floor=0.8)
+    assert not found.quiet
+    assert found.speed_gain == Spread(4.0, 4.0, 4.0)
+
+
+def test_the_reference_pass_is_shared_by_epochs_and_taken_from_quiet_starts() -> None:
+    trl = run([6.0])
+    measured = [
+        {"pivot": run([1.0], reference=2.0), "trl": trl},
+        {"pivot": run([1.0], rates=[0.1, 1.0], reference=99.0), "trl": trl},
+    ]
+    assert summarise(measured, LENGTHS[:1], 4, floor=0.8).speed_gain == Spread(3.0, 3.0, 3.0)  # 1 s, 2 pairs of 2 s / 4
 
 
 def line(**changes: float) -> dict[str, float]:
@@ -153,13 +180,43 @@ def test_pairs_stand_in_our_order_with_the_template_written_out(world: World, tm
         assert pair.scored == pair.chosen + pair.rejected
 
 
+def child(metrics: Path, body: str) -> list[str]:
+    """A process that writes a line a step with `step()`."""
+    code = f"import sys, time\ndef step():\n with open({str(metrics)!r}, 'a') as f: f.write('1\\n')\n{body}"
+    return [sys.executable, "-c", code]
+
+
 def test_memory_counts_up_to_the_last_step_alone(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    code = "import sys, time; a = bytearray(b'x' * (60 << 20)); time.sleep(0.5)\n"
-    code += f"open({str(metrics)!r}, 'w').write('1\\n'); time.sleep(0.5)\n"
-    code += "b = bytearray(b'x' * (200 << 20)); time.sleep(0.5)"
-    found = run_watched([sys.executable, "-c", code], metrics, 1, tmp_path / "log", os.environ)
+    body = "a = bytearray(b'x' * (60 << 20)); time.sleep(0.5)\nstep(); time.sleep(0.5)\n"
+    body += "b = bytearray(b'x' * (200 << 20)); time.sleep(0.5)"
+    found = run_watched(child(metrics, body), metrics, 1, tmp_path / "log", os.environ, rate=lambda: 1.0)
     assert 60 << 20 < found.peak_bytes < 200 << 20
+
+
+def test_a_step_is_timed_without_the_looks_at_the_machine(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    rates = iter([5.0, 4.0, 3.0, 9.0])
+
+    def rate() -> float:
+        time.sleep(0.6)  # the child stands still meanwhile, or it would be through
+        return next(rates)
+
+    # A busy loop by the processor's clock, which stands still with the process.
+    body = "def busy(s):\n end = time.process_time() + s\n while time.process_time() < end: pass\n"
+    body += "busy(0.3); step(); busy(0.3); step(); busy(0.3); step()"
+    began = time.monotonic()
+    found = run_watched(child(metrics, body), metrics, 3, tmp_path / "log", os.environ, rate)
+    took = time.monotonic() - began
+    assert [part.rate for part in found.slices] == [4.0, 3.0, 3.0]
+    assert all(part.seconds > 0.25 for part in found.slices)
+    assert sum(part.seconds for part in found.slices) < took - 4 * 0.6
+
+
+def test_a_run_that_ends_early_is_no_run(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    with pytest.raises(RunError, match="made 1 of 2 steps"):
+        run_watched(child(metrics, "step(); time.sleep(0.3)"), metrics, 2, tmp_path / "log", os.environ, lambda: 1.0)
 
 
 def test_a_failed_run_says_what_it_said(tmp_path: Path) -> None:

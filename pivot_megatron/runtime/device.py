@@ -16,7 +16,7 @@ from pivot_megatron.errors import UserError
 class Platform:
     """`backend` is torch.distributed's name; `transformer_engine` says that TE layers can be built here.
 
-    `logits_tile_bytes`: how much of the logits stands in memory at once; on a CPU about what its caches hold.
+    `logits_tile_bytes`: how much of the logits stands in memory at once; on a CPU what a core or two keep beside them in their own caches.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class Platform:
 @cache
 def current_platform() -> Platform:
     if not torch.cuda.is_available():
-        return Platform(torch.device("cpu"), "gloo", transformer_engine=False, logits_tile_bytes=8 << 20)
+        return Platform(torch.device("cpu"), "gloo", transformer_engine=False, logits_tile_bytes=1 << 20)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
     has_te = importlib.util.find_spec("transformer_engine") is not None

@@ -16,7 +16,7 @@ from pivot_megatron.errors import UserError
 class Platform:
     """`backend` is torch.distributed's name; `transformer_engine` says that TE layers can be built here.
 
-    `logits_tile_bytes`: how much of the logits stands in memory at once; on a CPU what a core or two keep beside them in their own caches.
+    `logits_tile_bytes`: how much of the logits stands in memory at once; on a CPU, what its cores' own caches hold.
     """
 
     device: torch.device

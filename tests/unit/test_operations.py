@@ -145,5 +145,5 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
     for words in (19_000, 38_000, 76_000, 152_000):
         done = subprocess.run([sys.executable, "-c", _PEAK, str(words)], capture_output=True, text=True, check=True)
         peaks[words] = int(done.stdout) / 1024
-    # A tile of 8 MiB with its few copies, whatever the number of words; measured at most some tiles.
+    # A tile with its few copies, whatever the number of words; measured at most some tiles.
     assert max(peaks.values()) <= 8 * current_platform().logits_tile_bytes / 2**20, peaks

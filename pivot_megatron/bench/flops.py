@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from pivot_megatron.data.build import PACK_MULTIPLE
-from pivot_megatron.families.flops import encoder_flops, head_weights, projector_flops
+from pivot_megatron.families.flops import encoder_flops, head_mlp_weights, head_weights, projector_flops
 from pivot_megatron.model.composition import Architecture
 
 
@@ -59,12 +59,13 @@ class Flops:
 @dataclass(frozen=True)
 class Work:
     """What goes through the model. `scores`: queries times keys, summed over attention's segments. `scored`: tokens with
-    logits."""
+    logits. `last`: tokens that go through the last layer's MLP."""
 
     images: int
     tokens: int
     scores: int
     scored: int
+    last: int
 
 
 def forward(arch: Architecture, work: Work) -> Flops:
@@ -74,7 +75,8 @@ def forward(arch: Architecture, work: Work) -> Flops:
         patches=work.images * patches,
         encoder=work.images * (encoder_flops(encoder, arch.encoder_layers) - patches),
         projector=work.images * projector_flops(encoder, head),
-        layers=2.0 * work.tokens * head.layers * head_weights(head),
+        layers=2.0
+        * (work.tokens * head.layers * head_weights(head) - (work.tokens - work.last) * head_mlp_weights(head)),
         attention=4.0 * work.scores * head.layers * head.heads * head.head_dim,
         logits=2.0 * work.scored * head.hidden * head.vocabulary,
     )
@@ -85,16 +87,18 @@ def backward(forwards: Flops) -> Flops:
 
 
 def pivot_work(pairs: Sequence[PairLengths]) -> Work:
-    """Ours: a pack in which each pair's prefix stands once, read by both answers; logits at answers."""
+    """Ours: a pack in which each pair's prefix stands once, read by both answers; logits and the last MLP at answers."""
     tokens = sum(pair.shared for pair in pairs)
     padding = -tokens % PACK_MULTIPLE
+    scored = sum(pair.scored for pair in pairs)
     first = sum((pair.prefix + pair.chosen) ** 2 for pair in pairs)
     second = sum(pair.rejected * (pair.prefix + pair.rejected) for pair in pairs)
     return Work(
         images=len(pairs),
         tokens=tokens + padding,
         scores=first + second + padding**2,
-        scored=sum(pair.scored for pair in pairs),
+        scored=scored,
+        last=scored,
     )
 
 
@@ -108,6 +112,7 @@ def trl_work(pairs: Sequence[PairLengths], on_gpu: bool) -> Work:
         tokens=rows * longest,
         scores=rows * longest**2,
         scored=sum(pair.scored for pair in pairs) if on_gpu else rows * (longest - 1),
+        last=rows * longest,
     )
 
 

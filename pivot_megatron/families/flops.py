@@ -25,16 +25,21 @@ def projector_flops(encoder: EncoderArchitecture, head: HeadArchitecture) -> flo
 
 def head_weights(arch: HeadArchitecture) -> int:
     """Weights of one layer that every token is multiplied with."""
-    attention = arch.hidden * arch.head_dim * (2 * arch.heads + 2 * arch.groups)
-    return attention + 3 * arch.hidden * arch.ffn
+    return arch.hidden * arch.head_dim * (2 * arch.heads + 2 * arch.groups) + head_mlp_weights(arch)
+
+
+def head_mlp_weights(arch: HeadArchitecture) -> int:
+    """Those of its MLP."""
+    return 3 * arch.hidden * arch.ffn
 
 
 def head_flops(arch: HeadArchitecture, segments: Sequence[tuple[int, int]], answers: int) -> float:
-    """Forward pass over causal segments of (queries, keys) tokens, with logits at `answers` places.
+    """Forward pass over causal segments of (queries, keys) tokens, with logits, and the last layer's MLP, at `answers` places.
 
     A segment's last query sees all its keys, the one before all but one, and so on.
     """
     tokens = sum(queries for queries, _ in segments)
     seen = sum(queries * (keys - (queries - 1) / 2) for queries, keys in segments)
     layers = arch.layers * (tokens * head_weights(arch) + 2 * seen * arch.heads * arch.head_dim)
+    layers -= (tokens - answers) * head_mlp_weights(arch)
     return 2.0 * (layers + answers * arch.hidden * arch.vocabulary)

@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.model.rotary import Rotation
@@ -22,20 +23,25 @@ class Segments(PackedSeqParams):
     """Packed-sequence parameters that carry which queries attend to which keys.
 
     Queries are the tokens, segment after segment; `key_index` `[K]` picks each segment's keys, None where they are its queries.
+    `outputs` `[M]`: the tokens whose hidden states are wanted past the last layer, None where there is no such choice.
     """
 
     spans: Spans = field(default_factory=Spans)
     key_index: Tensor | None = None
     rotation: Rotation | None = None
+    outputs: Tensor | None = None
 
 
-def answer_segments(batch: PackedBatch, rotation: Rotation) -> Segments:
-    """Every branch with its prefix, as PackedBatch lays them out, turned to each token's own position."""
+def answer_segments(batch: PackedBatch, rotation: Rotation, multiple: int) -> Segments:
+    """Every branch with its prefix, as PackedBatch lays them out, turned to each token's own position. The wanted tokens are
+    the predictors, filled up to a multiple of `multiple` with the first token."""
+    wanted = batch.predictors.numel()
     return Segments(
         qkv_format="thd",
         spans=Spans(batch.segments, batch.query_ends, batch.key_ends),
         key_index=batch.key_index,
         rotation=rotation,
+        outputs=pad(batch.predictors, (0, max(1, -(-wanted // multiple)) * multiple - wanted)),
     )
 
 

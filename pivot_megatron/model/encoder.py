@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.attention import image_segments
 from pivot_megatron.model.freeze import reaching
-from pivot_megatron.model.specs import full_block
+from pivot_megatron.model.specs import encoder_block
 
 
 class VisionEncoder(MegatronModule):
@@ -33,7 +33,7 @@ class VisionEncoder(MegatronModule):
         )
         self.position_embedding = torch.nn.Embedding(arch.tokens, arch.hidden, dtype=dtype)
         self.register_buffer("_places", torch.arange(arch.tokens), persistent=False)
-        self.decoder = TransformerBlock(config, full_block(config.num_layers), pre_process=True, post_process=False)
+        self.decoder = TransformerBlock(config, encoder_block(config.num_layers), pre_process=True, post_process=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))

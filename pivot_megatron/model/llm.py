@@ -13,7 +13,7 @@ from pivot_megatron.families.architecture import HeadArchitecture
 from pivot_megatron.model.attention import answer_segments
 from pivot_megatron.model.freeze import reaching
 from pivot_megatron.model.rotary import Rotation
-from pivot_megatron.model.specs import causal_block
+from pivot_megatron.model.specs import head_block
 from pivot_megatron.model.vocabulary import TargetLogprobs, WordEmbeddings
 
 
@@ -25,7 +25,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=causal_block(get_num_layers_to_build(config)),
+            transformer_layer_spec=head_block(get_num_layers_to_build(config), post_process),
             vocab_size=arch.padded_vocabulary,
             max_sequence_length=arch.max_positions,
             pre_process=pre_process,
@@ -36,6 +36,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
         )
         self.arch = arch
+        self._multiple = config.tensor_model_parallel_size * (16 if config.fp8 else 1)
         # The modules that GPTModel has built, with our forward: parameters, marks and checkpoint keys stay as they are.
         if pre_process:
             self.embedding.word_embeddings.__class__ = WordEmbeddings
@@ -60,17 +61,18 @@ class LanguageModel(GPTModel):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         # Called as a module, so that a parameter gather that overlaps is waited for.
         logprobs: Tensor = self.output_layer(
-            hidden[batch.predictors, 0], batch.targets, self.arch.vocabulary, weight=tied
+            hidden[: batch.predictors.numel(), 0], batch.targets, self.arch.vocabulary, weight=tied
         )
         return logprobs
 
     def hidden_states(self, embeddings: Tensor | None, batch: PackedBatch) -> Tensor:
+        """Of all tokens `[T(/tp), 1, hidden]`; on the last stage of `batch.predictors`, in order, and what fills them up."""
         # The plain rotary table, read at each token's own position, for branches go on from their prefix. It is applied in the
         # core attention: megatron-core's own rotation keeps four tensors a layer, and counts positions along the pack.
         angles = self.rotary_pos_emb(batch.max_position + 1, packed_seq=True)[batch.positions]
         out: Tensor = self.decoder(
             hidden_states=embeddings if embeddings is None else reaching(embeddings, self.decoder),
             attention_mask=None,
-            packed_seq_params=answer_segments(batch, Rotation.at(angles, self.config.params_dtype)),
+            packed_seq_params=answer_segments(batch, Rotation.at(angles, self.config.params_dtype), self._multiple),
         )
         return out

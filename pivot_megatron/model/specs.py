@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchit
 from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
 from pivot_megatron.model.attention import SegmentAttention
 from pivot_megatron.model.compat import mlp_spec
+from pivot_megatron.model.last_layer import LastLayer
 from pivot_megatron.model.swiglu import SwiGlu
 from pivot_megatron.runtime.device import require_fp8
 from pivot_megatron.runtime.layers import LayerModules, layer_modules
@@ -41,7 +41,7 @@ def mlp_submodules(modules: LayerModules, norm_before: bool) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=first, linear_fc2=modules.row_linear, activation_func=SwiGlu)
 
 
-def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+def layer_spec(mask: AttnMaskType, layer: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
     """A pre-norm transformer layer with SegmentAttention. `mask` is stated, as megatron-core's default differs by model."""
     modules = layer_modules()
     attention = ModuleSpec(
@@ -52,7 +52,7 @@ def layer_spec(mask: AttnMaskType) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=modules.separate_norm,
             self_attention=attention,
@@ -65,9 +65,18 @@ def layer_spec(mask: AttnMaskType) -> ModuleSpec:
     )
 
 
-def block_spec(mask: AttnMaskType, layers: int) -> TransformerBlockSubmodules:
-    """`layers` on this pipeline stage, and the class of a final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(mask)] * layers, layer_norm=layer_modules().norm)
+def block_spec(layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
+    """The layers on this pipeline stage, and the class of a final norm."""
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_modules().norm)
+
+
+def head_block(layers: int, last_stage: bool) -> TransformerBlockSubmodules:
+    specs = [layer_spec(AttnMaskType.causal)] * layers
+    return block_spec([*specs[:-1], layer_spec(AttnMaskType.causal, LastLayer)] if last_stage and layers else specs)
+
+
+def encoder_block(layers: int) -> TransformerBlockSubmodules:
+    return block_spec([layer_spec(AttnMaskType.no_mask)] * layers)
 
 
 def _leave_as_is(weight: Tensor) -> None:
@@ -173,7 +182,3 @@ def head_config(
         **_recompute(recompute),
         **_common(layout, precision),
     )
-
-
-causal_block = functools.partial(block_spec, AttnMaskType.causal)
-full_block = functools.partial(block_spec, AttnMaskType.no_mask)

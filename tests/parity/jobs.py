@@ -131,7 +131,7 @@ def _answer_logits(model: VisionLanguageModel, batch: PackedBatch, hidden: Tenso
         hidden = gather_from_sequence_parallel_region(hidden)
     weight = model.llm.output_layer.weight
     weight = model.llm.shared_embedding_or_output_weight() if weight is None else weight
-    whole: Tensor = gather_from_tensor_model_parallel_region(hidden[batch.predictors, 0] @ weight.t())
+    whole: Tensor = gather_from_tensor_model_parallel_region(hidden[: batch.predictors.numel(), 0] @ weight.t())
     return whole[:, : model.arch.head.vocabulary]
 
 

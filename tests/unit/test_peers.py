@@ -57,20 +57,20 @@ def counted(world: World, rows: int, length: int, train: bool) -> int:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_forward_is_what_torch_counts(world: World, arch: Architecture, rows: int) -> None:
-    work = Work(images=rows, tokens=rows * 20, scores=rows * 20**2, scored=rows * 20)
+    work = Work(images=rows, tokens=rows * 20, scores=rows * 20**2, scored=rows * 20, last=rows * 20)
     assert forward(arch, work).total == counted(world, rows, 20, train=False)
 
 
 def test_backward_is_what_torch_counts(world: World, arch: Architecture) -> None:
-    forwards = forward(arch, Work(images=2, tokens=40, scores=2 * 20**2, scored=40))
+    forwards = forward(arch, Work(images=2, tokens=40, scores=2 * 20**2, scored=40, last=40))
     assert (forwards + backward(forwards)).total == counted(world, 2, 20, train=True)
 
 
 def test_work_of_either_layout() -> None:
     ours = pivot_work(PAIRS)  # 44 and 39 tokens, filled to a multiple of 16
     scores = 35**2 + 9 * 39 + 35**2 + 4 * 32 + 13**2
-    assert ours == Work(images=2, tokens=96, scores=scores, scored=25)
-    assert trl_work(PAIRS, on_gpu=True) == Work(images=4, tokens=4 * 39, scores=4 * 39**2, scored=25)
+    assert ours == Work(images=2, tokens=96, scores=scores, scored=25, last=25)
+    assert trl_work(PAIRS, on_gpu=True) == Work(images=4, tokens=4 * 39, scores=4 * 39**2, scored=25, last=4 * 39)
     assert trl_work(PAIRS, on_gpu=False).scored == 4 * 38
 
 

@@ -101,10 +101,14 @@ def _add_convert(verb: Any, verbs: Any) -> None:
         required=True, metavar="WHAT"
     )
     p = verb("import", _import, "Hugging Face folders into a checkpoint", group)
-    p.add_argument("--encoder", type=Path, required=True, help="SigLIP / SigLIP2 folder")
-    p.add_argument("--llm", type=Path, required=True, help="Qwen2 / Qwen2.5 folder")
+    p.add_argument("--encoder", type=Path, help="folder of a SigLIP, CLIP, DINOv2, ViT, MAE or (timm) MoCo-v3 encoder")
+    p.add_argument("--llm", type=Path, help="Qwen2 / Qwen2.5 / Qwen3 folder")
+    p.add_argument("--mllm", type=Path, help="an assembled LLaVA folder, in place of the two")
     p.add_argument("--out", type=Path, required=True, help="the checkpoint's folder, which must not exist yet")
-    p.add_argument("--feature-layer", type=int, default=-2, help="hidden_states index, from the end (default: -2)")
+    p.add_argument("--feature-layer", type=int, help="hidden_states index, from the end (default: the family's own)")
+    p.add_argument(
+        "--image-size", type=int, help="pixels a side, where not the encoder's own; positions are interpolated"
+    )
     p.add_argument("--seed", type=int, default=777, help="of the fresh projector (default: 777)")
     p = verb("export", _export, "a checkpoint's part as a Hugging Face folder", group)
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its newest) or one checkpoint")
@@ -119,8 +123,9 @@ def _add_convert(verb: Any, verbs: Any) -> None:
     p.add_argument("--original", type=Path, help="the encoder folder that the run started from")
     p = verb("verify", _verify, "a checkpoint against Hugging Face folders: every tensor, and a forward pass", group)
     p.add_argument("checkpoint", type=Path, metavar="CKPT")
-    p.add_argument("--encoder", type=Path, required=True)
-    p.add_argument("--llm", type=Path, required=True)
+    p.add_argument("--encoder", type=Path, help="the encoder's folder; left out, it is not compared")
+    p.add_argument("--llm", type=Path, help="the same of the language model")
+    p.add_argument("--tolerance", type=float, help="of activations, relative to the largest (default: 1e-4)")
 
 
 def _add_data(verb: Any, verbs: Any) -> None:
@@ -153,6 +158,10 @@ def _add_bench(verb: Any, verbs: Any) -> None:
     p = verb("profile", _bench_profile, "where a training step's time goes, by kind of operation", group)
     p.add_argument("--shape", required=True, help="vocabulary, body or tiny")
     p.add_argument("--out", type=Path, default=Path("runs/bench-profile"), help="default: runs/bench-profile")
+    p = verb("convert", _bench_convert, "import and export of a head of true size, against a copy of its files", group)
+    p.add_argument("--head", default="7b", help="7b, 0.5b or tiny (default: 7b, which needs 32 GB of disk)")
+    p.add_argument("--out", type=Path, default=Path("runs/bench-convert"), help="default: runs/bench-convert")
+    p.add_argument("--json", action="store_true")
 
 
 def _peer_was_lost(error: RuntimeError) -> bool:
@@ -226,9 +235,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from pivot_megatron.convert.commands import import_checkpoint
+    from pivot_megatron.convert.commands import import_assembled, import_checkpoint
 
-    import_checkpoint(args.encoder, args.llm, args.out, args.feature_layer, args.seed)
+    apart = (args.encoder, args.llm)
+    if args.mllm is not None and apart == (None, None):
+        import_assembled(args.mllm, args.out, args.feature_layer, args.image_size)
+    elif args.mllm is None and None not in apart:
+        import_checkpoint(args.encoder, args.llm, args.out, args.feature_layer, args.seed, args.image_size)
+    else:
+        raise UserError("convert import: expected --encoder and --llm, or --mllm alone")
     print(args.out)
     return 0
 
@@ -242,9 +257,12 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pivot_megatron.convert.verify import verify_checkpoint
+    from pivot_megatron.convert.verify import FORWARD_TOLERANCE, verify_checkpoint
 
-    report = verify_checkpoint(args.checkpoint, args.encoder, args.llm)
+    if args.encoder is None and args.llm is None:
+        raise UserError("convert verify: expected --encoder, --llm or both, found neither")
+    tolerance = FORWARD_TOLERANCE if args.tolerance is None else args.tolerance
+    report = verify_checkpoint(args.checkpoint, args.encoder, args.llm, tolerance)
     print(report.table())
     return 0 if report.passed else 1
 
@@ -294,6 +312,14 @@ def _bench_peers(args: argparse.Namespace) -> int:
     write_plot(found, args.out / "peers.png")
     print(as_json(found) if args.json else as_text(found))
     return 0
+
+
+def _bench_convert(args: argparse.Namespace) -> int:
+    from pivot_megatron.bench.convert import as_json, as_text, measure_conversion
+
+    found = measure_conversion(args.head, args.out, lambda text: print(f"bench: {text}", file=sys.stderr, flush=True))
+    print(as_json(found) if args.json else as_text(found))
+    return 0 if found.exact else 1
 
 
 def _bench_profile(args: argparse.Namespace) -> int:

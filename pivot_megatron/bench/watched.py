@@ -70,7 +70,7 @@ def run_watched(
                 time.sleep(_SECONDS_BETWEEN)
                 if len(slices) >= steps:
                     continue
-                peak = max(peak, _peak_memory(child.pid))
+                peak = max(peak, peak_memory(child.pid))
                 ended = _lines(metrics) - len(slices)
                 if ended or (slices and time.monotonic() - since > _SLICE):
                     os.killpg(child.pid, signal.SIGSTOP)
@@ -92,7 +92,7 @@ def run_watched(
     return Watched(slices[0], tuple(slices[1:]), peak)
 
 
-def _peak_memory(process: int) -> int:
+def peak_memory(process: int) -> int:
     """Highest resident memory of a process so far, bytes; 0 where it has ended.
 
     The kernel's own mark of the process's memory. `getrusage` would not do: there a child begins with its parent's peak.

@@ -20,7 +20,7 @@ def _components(config: RunConfig) -> Iterator[str]:
         ("projector", model.projector, False),
     ):
         yield from _component(name, component, needed)
-    if model.encoder.feature_layer >= 0:
+    if model.encoder.feature_layer is not None and model.encoder.feature_layer >= 0:
         yield (
             f"model.encoder.feature_layer: counts from the end, so it must be negative (-2 is the last layer but one), "
             f"found {model.encoder.feature_layer}"

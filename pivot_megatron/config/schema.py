@@ -35,12 +35,15 @@ class Component(Strict):
 
 @dataclass(frozen=True)
 class Encoder(Component):
-    """`feature_layer` indexes Hugging Face's `hidden_states`: -2 is the output of the last layer but one, -1 of the last.
+    """`feature_layer` indexes Hugging Face's `hidden_states`: -2 is the output of the last layer but one, -1 of the last, normed
+    where the family's features are. Left out, it is the family's own: -2 for SigLIP and CLIP, -1 for the others.
 
-    Layers past it are not built: they could not train.
+    Layers past it are not built: they could not train. `image_size`: pixels a side, where it is not the checkpoint's own;
+    position embeddings are interpolated.
     """
 
-    feature_layer: int = -2
+    feature_layer: int | None = None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from pivot_megatron.config.schema import Component, Encoder, Layout, Model, Precision, Recompute
+from pivot_megatron.convert.assembled import take_apart
 from pivot_megatron.convert.export import (
-    encoder_files,
+    Trained,
     export_encoder,
     export_mllm,
     image_token_and_processor,
+    processor_file,
 )
-from pivot_megatron.convert.gather import hf_tensors
-from pivot_megatron.convert.hf import HfTensors, write_folder
-from pivot_megatron.convert.load import check_layout_fits
+from pivot_megatron.convert.hf import write_folder
+from pivot_megatron.convert.load import (
+    Source,
+    check_layout_fits,
+    component_parameters,
+    hf_source,
+    hf_tensors_of,
+    require_known,
+)
 from pivot_megatron.convert.plan import COMPONENTS
-from pivot_megatron.convert.start import describe_start, start_weights
+from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import (
     Description,
+    content_metadata,
     describe,
-    load_weights,
     resolve_checkpoint,
-    save_weights,
+    save_whole,
     tensor_dtype,
 )
+from pivot_megatron.convert.stream import CheckpointParameters, write_parameters
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.siglip import HF_PREFIX
-from pivot_megatron.model.composition import VisionLanguageModel, build_model
+from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.runtime.distributed import process_groups
 
 
@@ -44,15 +54,45 @@ def whole_model(description: Description) -> Iterator[VisionLanguageModel]:
         yield build_model(arch, Layout(), Precision("fp32"), Recompute())
 
 
-def import_checkpoint(encoder: Path, llm: Path, out: Path, feature_layer: int, seed: int) -> None:
-    """Hugging Face folders into a checkpoint that any layout loads; the projector starts fresh from `seed`."""
+def import_checkpoint(
+    encoder: Path, llm: Path, out: Path, feature_layer: int | None, seed: int, image_size: int | None = None
+) -> None:
+    """Hugging Face folders into a checkpoint that any layout loads, every tensor in its own dtype; the projector starts fresh
+    from `seed`."""
+    start = Model(
+        encoder=Encoder(hf=encoder, feature_layer=feature_layer, image_size=image_size), llm=Component(hf=llm)
+    )
+    description = describe_start(start)
+    arch = description.architecture()
+    sources = {}
+    for name, folder in (("encoder", encoder), ("llm", llm)):
+        require_known(arch, name, hf_tensors_of(arch, name, folder))
+        sources[name] = hf_source(arch, name, folder)
+    write_import(description, sources, out, seed)
+
+
+def import_assembled(mllm: Path, out: Path, feature_layer: int | None, image_size: int | None = None) -> None:
+    """A `LlavaForConditionalGeneration` folder into a checkpoint that any layout loads."""
+    with tempfile.TemporaryDirectory() as scratch:
+        assembled = take_apart(mllm, Path(scratch), feature_layer, image_size)
+        write_import(assembled.description, assembled.sources(), out, seed=0)  # nothing starts fresh
+
+
+def write_import(description: Description, sources: Mapping[str, Source], out: Path, seed: int) -> None:
+    """`sources` by component; one that has none starts fresh from `seed`. Raises UserError for tensors that are missing or of
+    another shape than the configs say; then `out` is absent."""
     if out.exists():
         raise UserError(f"{out}: already exists; import to a new folder")
-    start = Model(encoder=Encoder(hf=encoder, feature_layer=feature_layer), llm=Component(hf=llm))
-    description = describe_start(start)
-    with whole_model(description) as model:
-        start_weights(model, start, seed)
-        save_weights(model, out, description)
+    arch = description.architecture()
+    check_layout_fits(arch, Layout())
+    parameters = [p for name in COMPONENTS for p in component_parameters(arch, name, sources.get(name), seed)]
+    dtype = next(p.dtype for p in parameters)
+
+    def write(folder: Path) -> None:
+        write_parameters(parameters, folder, content_metadata())
+
+    with process_groups(Layout(), seed=0):
+        save_whole(out, description, dtype, write)
 
 
 def export_checkpoint(
@@ -67,28 +107,37 @@ def export_checkpoint(
     description = describe(checkpoint)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
-    with whole_model(description) as model:
-        for name in COMPONENTS:
-            load_weights(model, checkpoint, name)
-        tensors = hf_tensors(model)
+    arch = description.architecture()
+    trained = Trained(arch, CheckpointParameters(checkpoint / "tensors"))
     facts = {"checkpoint": str(checkpoint), "part": part, "feature_layer": description.feature_layer}
-    if part == "mllm":
-        with tempfile.TemporaryDirectory() as scratch:
+    facts["image_size"] = arch.encoder.image_size
+    with tempfile.TemporaryDirectory() as scratch:
+        if part == "mllm":
             token = image_token_and_processor(description, Path(scratch))
-            config, named = export_mllm(description, tensors, token)
-            _write(out, config, named, [f for f in Path(scratch).iterdir() if f.is_file()], facts)
-        return
-    source = HfTensors(original, prefixes=(HF_PREFIX,)) if original else None
-    config, named = export_encoder(description, tensors, last_layer, source, tensor_dtype(checkpoint))
-    facts |= {"last_layer": last_layer, "original": str(original) if original else None}
-    facts["features"] = "hidden_states[-1]" if last_layer == "drop" else f"hidden_states[{description.feature_layer}]"
-    _write(out, config, named, encoder_files(description), facts)
+            config, named = export_mllm(description, trained, token)
+            files = [f for f in Path(scratch).iterdir() if f.is_file()]
+        else:
+            if last_layer == "drop" and original:
+                raise UserError("--original: is read where --last-layer is original, found drop; leave it out")
+            source = hf_tensors_of(arch, "encoder", original) if original else None
+            config, named = export_encoder(description, trained, last_layer, source, tensor_dtype(checkpoint))
+            facts |= {"last_layer": last_layer, "original": str(original) if original else None}
+            facts["features"] = _features(description, arch, last_layer)
+            processor = processor_file(description, Path(scratch))
+            files = [processor] if processor else []
+        _write(out, config, named, files, facts)
+
+
+def _features(description: Description, arch: Architecture, last_layer: str) -> str:
+    if arch.final_norm:
+        return "last_hidden_state"
+    return "hidden_states[-1]" if last_layer == "drop" else f"hidden_states[{description.feature_layer}]"
 
 
 def _write(
-    out: Path, config: dict[str, Any], tensors: dict[str, Any], files: list[Path], facts: dict[str, Any]
+    out: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], files: list[Path], facts: dict[str, Any]
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         note = Path(scratch) / "pivot_export.json"
         note.write_text(json.dumps(facts, indent=2) + "\n")
-        write_folder(out, config, tensors.items(), [*files, note])
+        write_folder(out, config, tensors, [*files, note])

@@ -14,13 +14,12 @@ from pivot_megatron.convert.store import resolve_checkpoint
 
 
 def model_fingerprint(start: Model, seed: int) -> dict[str, str]:
-    """A digest (hex) of each component's weights, and the feature layer.
+    """A digest (hex) of each component's weights.
 
     Hugging Face folders are read whole, some gigabytes a second; a checkpoint carries a name of its own from when it was
     written.
     """
-    parts = {name: _component(getattr(start, name), seed) for name in COMPONENTS}
-    return {**parts, "feature_layer": str(start.encoder.feature_layer)}
+    return {name: _component(getattr(start, name), seed) for name in COMPONENTS}
 
 
 def _component(component: Component, seed: int) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,15 +45,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class HfTensors:
-    """Tensors of a Hugging Face folder by their hub names, whichever of the known prefixes the folder's files use.
+Spellings = Callable[[str], Sequence[str]]
 
-    `prefixes`: those that a name may carry or lack, such as `vision_model.`; tried after the exact name.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_CHUNK = re.compile(r"(.*)\[(\d+)/(\d+)\]")
+
+
+def chunk_of(name: str) -> tuple[str, int, int]:
+    """`x.weight[1/3]`, the second of three equal chunks of `x.weight`'s rows, as (`x.weight`, 1, 3); a whole tensor is
+    (name, 0, 1)."""
+    found = _CHUNK.fullmatch(name)
+    return (found[1], int(found[2]), int(found[3])) if found else (name, 0, 1)
+
+
+def with_chunks_joined(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they come, chunks of one, which come one after another, put together again."""
+    for name, parts in itertools.groupby(tensors, key=lambda item: chunk_of(item[0])[0]):
+        found = [tensor for _, tensor in parts]
+        yield name, found[0] if len(found) == 1 else torch.cat(found)
+
+
+class HfTensors:
+    """Tensors of a Hugging Face folder by their hub names, whichever of the known spellings the folder's files have.
+
+    `spellings`: names under which a tensor may stand in the folder, the likeliest first. A name may be of a chunk of a
+    tensor, see `chunk_of`.
     """
 
-    def __init__(self, folder: Path, prefixes: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, spellings: Spellings = lambda name: [name]) -> None:
         self.folder = folder
-        self._prefixes = tuple(prefixes)
+        self._spellings = spellings
         self._file_of = self._list_files()
         self._open: dict[Path, Any] = {}
 
@@ -77,51 +102,112 @@ class HfTensors:
 
     def stored_name(self, name: str) -> str:
         """The name under which the folder holds `name`; raises UserError if it holds it under none."""
-        candidates = [name]
-        for prefix in self._prefixes:
-            candidates += [name.removeprefix(prefix), prefix + name]
-        for candidate in candidates:
-            if candidate in self._file_of:
-                return candidate
+        for spelling in self._spellings(name):
+            if chunk_of(spelling)[0] in self._file_of:
+                return spelling
         raise UserError(
             f"{self.folder}: expected a tensor {name}, found none; is this the checkpoint that config.json says?"
         )
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
 
     def names(self) -> list[str]:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self.stored_name(name)
-        return tuple(self._handle(self._file_of[stored]).get_slice(stored).get_shape())
+        stored, _, chunks = chunk_of(self.stored_name(name))
+        rows, *rest = self._handle(self._file_of[stored]).get_slice(stored).get_shape() or (1,)
+        return (rows // chunks, *rest)
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = chunk_of(self.stored_name(name))[0]
+        kind = self._handle(self._file_of[stored]).get_slice(stored).get_dtype()
+        if kind not in _DTYPES:
+            raise UserError(f"{self.folder}: {stored}: expected one of {', '.join(_DTYPES)}, found {kind}")
+        return _DTYPES[kind]
+
+    def release(self) -> None:
+        """Close every file: what was read of them no longer counts as this process's memory."""
+        self._open.clear()
 
     def read(self, name: str, part: Slice | None = None) -> Tensor:
-        """The tensor, or only the bytes of its slice. Padding rows of the slice are not added."""
-        stored = self.stored_name(name)
+        """The tensor, or only the bytes of its slice. The slice's zeros are not added."""
+        stored, chunk, chunks = chunk_of(self.stored_name(name))
         handle = self._handle(self._file_of[stored])
-        if part is None or part.dim is None:
+        if chunks == 1 and (part is None or part.dim is None):
             whole: Tensor = handle.get_tensor(stored)
             return whole
-        index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
-        cut: Tensor = handle.get_slice(stored)[index]
+        rows = self.shape(name)[0]
+        index = [slice(chunk * rows, (chunk + 1) * rows), *[slice(None)] * (part.dim if part and part.dim else 0)]
+        if part is not None and part.dim is not None:
+            first = chunk * rows if part.dim == 0 else 0
+            index[part.dim] = slice(first + part.start, first + part.stop)
+        cut: Tensor = handle.get_slice(stored)[tuple(index)]
         return cut
 
 
-def write_folder(
-    out: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], copied: Sequence[Path] = ()
-) -> None:
-    """A Hugging Face folder with one safetensors file, whole or not there at all.
+SHARD_BYTES = 1 << 30
+"""Of one safetensors file of several, and so the most that a folder's writing holds in memory, but for a larger tensor."""
 
-    `copied`: files taken over unchanged. Raises UserError if `out` exists and is not empty.
+
+def write_folder(
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    copied: Sequence[Path] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """A Hugging Face folder, whole or not there at all: one safetensors file, or several and their index where tensors take
+    more than `shard_bytes`.
+
+    `copied`: files taken over unchanged. Raises UserError if `out` exists and is not empty, and where the disk refuses.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors}, part / WEIGHTS, metadata={"format": "pt"})
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in copied:
-        shutil.copyfile(file, part / file.name)
-    if out.exists():
-        out.rmdir()
-    part.replace(out)
+    try:
+        part.mkdir(parents=True)
+        _write_tensors(part, tensors, shard_bytes)
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in copied:
+            shutil.copyfile(file, part / file.name)
+        if out.exists():
+            out.rmdir()
+        part.replace(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{out}: cannot write ({error}); is the disk full?") from None
+
+
+def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    files: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, shard_bytes):
+        save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(files) == 1:
+        (folder / "0.safetensors").replace(folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{number}.safetensors").replace(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    yield shard

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pivot_megatron.config.schema import Layout
-from pivot_megatron.convert.hf import HfTensors
-from pivot_megatron.convert.plan import Slice, rows_by_parameter, slice_for
+from pivot_megatron.convert.hf import HfTensors, chunk_of, read_json
+from pivot_megatron.convert.plan import (
+    Slice,
+    component_rows,
+    parameter_shape,
+    part_shapes,
+    rows_by_parameter,
+    slice_for,
+)
+from pivot_megatron.convert.positions import ResizedPositions
+from pivot_megatron.convert.stream import Parameter
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.registry import ENCODERS, HEADS
-from pivot_megatron.families.table import Row, canonical
+from pivot_megatron.families.registry import ENCODERS, HEADS, encoder_architecture
+from pivot_megatron.families.table import Row, canonical, spellings
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel
 from pivot_megatron.runtime.distributed import tensor_parallel_coordinates
 
@@ -41,6 +52,11 @@ def parameters_by_global_name(model: VisionLanguageModel) -> Iterator[tuple[str,
 class Source(Protocol):
     """Where Hugging Face parts come from."""
 
+    @property
+    def where(self) -> str: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, part: Slice) -> Tensor: ...
@@ -57,6 +73,11 @@ class FreshParts:
         self._shapes = shapes
         self._seed = seed
 
+    where = "fresh weights"
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
@@ -67,7 +88,7 @@ class FreshParts:
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):
             return torch.zeros(shape)
-        if "norm" in name:
+        if "norm" in name or "layer_scale" in name:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -77,55 +98,108 @@ class FreshParts:
         return torch.randn(shape, generator=generator) * 0.02
 
 
-def hf_source(arch: Architecture, component: str, folder: Path) -> HfTensors:
-    families = {"encoder": (ENCODERS, arch.encoder.family), "llm": (HEADS, arch.head.family)}
-    table, family = families[component]
-    return HfTensors(folder, prefixes=(table[family].HF_PREFIX,))
+def hf_tensors_of(arch: Architecture, component: str, folder: Path) -> HfTensors:
+    family = ENCODERS[arch.encoder.family] if component == "encoder" else HEADS[arch.head.family]
+    return HfTensors(folder, partial(spellings, prefix=family.HF_PREFIX, aliases=family.ALIASES))
 
 
-def hf_shapes(model: VisionLanguageModel, component: str) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the Hugging Face parts of this stage's `component`, from its shards' shapes."""
-    size = tensor_parallel_coordinates()[1]
-    rows = rows_by_parameter(model.arch)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in parameters_by_global_name(model):
-        if not name.startswith(component + "."):
-            continue
-        row = rows[name]
-        for part_name, part in zip(row.hf, row.transform.unfuse(parameter.detach()), strict=True):
-            shape = list(part.shape)
-            if row.transform.tp_dim is not None:
-                shape[row.transform.tp_dim] *= size
-            if "embed_tokens" in part_name or part_name.startswith("lm_head"):
-                shape[0] = model.arch.head.vocabulary
-            shapes[part_name] = tuple(shape)
-    return shapes
+def hf_source(arch: Architecture, component: str, folder: Path) -> Source:
+    """The folder's tensors, an encoder's positions at `arch`'s resolution."""
+    config = folder / "config.json"
+    tensors = hf_tensors_of(arch, component, folder)
+    return at_resolution(arch, tensors, read_json(config), str(config)) if component == "encoder" else tensors
+
+
+def at_resolution(arch: Architecture, tensors: HfTensors, config: Mapping[str, Any], where: str) -> Source:
+    """An encoder's tensors, positions resized where its own `config` has another resolution than `arch`."""
+    encoder = arch.encoder
+    if encoder_architecture(config, where).image_size == encoder.image_size:
+        return tensors
+    (name,) = rows_by_parameter(arch)["encoder.position_embedding.weight"].hf
+    return ResizedPositions(tensors, name, encoder.places - encoder.tokens, encoder.grid)
+
+
+def require_known(arch: Architecture, component: str, tensors: HfTensors) -> None:
+    """Raises UserError naming a tensor of the folder that its config.json does not speak of."""
+    family = ENCODERS[arch.encoder.family] if component == "encoder" else HEADS[arch.head.family]
+    used = {chunk_of(tensors.stored_name(part))[0] for part in part_shapes(arch, component)}
+    for name in tensors.names():
+        if name not in used and not _may_be_left(arch, component, family, name.removeprefix(family.HF_PREFIX)):
+            raise UserError(
+                f"{tensors.folder}: found a tensor {name} that config.json does not speak of; are the two of one model?"
+            )
+
+
+def _may_be_left(arch: Architecture, component: str, family: Any, name: str) -> bool:
+    if component == "llm":
+        return name.endswith(family.UNUSED) or (arch.head.tied_embeddings and name == "lm_head.weight")
+    if name.startswith((*family.ELSEWHERE, *family.PAST_FEATURES)):
+        return True
+    # Layers past the features: their numbers follow either spelling of a layer's prefix.
+    found = re.search(r"(?:layers?|blocks)\.(\d+)\.", name)
+    return found is not None and arch.encoder_layers <= int(found[1]) < arch.encoder.layers
 
 
 @torch.no_grad()
 def load_component(model: VisionLanguageModel, component: str, source: Source) -> None:
     """Set this stage's parameters of `component` from `source`. Raises UserError on a missing tensor or a wrong shape."""
     rank, size = tensor_parallel_coordinates()
-    rows = rows_by_parameter(model.arch)
+    rows, shapes = rows_by_parameter(model.arch), part_shapes(model.arch, component)
     for name, parameter in parameters_by_global_name(model):
         if name.startswith(component + "."):
-            shard = _shard(rows[name], source, rank, size)
-            if shard.shape != parameter.shape:
-                raise UserError(
-                    f"{', '.join(rows[name].hf)}: expected a shard of shape {tuple(parameter.shape)} for {name}, "
-                    f"found {tuple(shard.shape)}; config.json and the weights disagree"
-                )
-            parameter.copy_(shard)
+            check_shapes(rows[name], source, shapes)
+            parameter.copy_(shard_of(rows[name], source, rank, size))
 
 
-def _shard(row: Row, source: Source, rank: int, size: int) -> Tensor:
+def check_shapes(row: Row, source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError where a part of `row` is missing in `source` or has another shape than `shapes` say."""
+    for part in row.hf:
+        if (found := source.shape(part)) != shapes[part]:
+            raise UserError(
+                f"{source.where}: {part}: expected shape {shapes[part]}, found {found}; config.json and the weights disagree"
+            )
+
+
+def shard_of(row: Row, source: Source, rank: int, size: int) -> Tensor:
+    """One rank's megatron-core shard of `row`'s parameter."""
     parts = []
     for name in row.hf:
         dim = row.transform.tp_dim
         cut = slice_for(row.transform, source.shape(name)[dim] if dim is not None else 0, rank, size)
         part = source.read(name, cut)
-        parts.append(pad(part, (0, 0, 0, cut.zero_rows)) if cut.zero_rows else part)
+        parts.append(_lengthened(part, cut) if cut.zeros else part)
     return row.transform.fuse(parts)
+
+
+def _lengthened(part: Tensor, cut: Slice) -> Tensor:
+    """`part` with the slice's zeros behind it."""
+    after = [0, 0] * part.dim()
+    after[2 * (part.dim() - 1 - (cut.dim or 0)) + 1] = cut.zeros  # torch counts dimensions from the last
+    return pad(part, after)
+
+
+def component_parameters(arch: Architecture, component: str, source: Source | None, seed: int) -> list[Parameter]:
+    """Whole parameters of `component`, to be made one by one; without a `source` they start fresh from `seed`.
+
+    Raises UserError for a part that is missing or has another shape than the config says.
+    """
+    shapes = part_shapes(arch, component)
+    parts: Source = source or FreshParts(shapes, seed)
+    layers = arch.encoder_layers if component == "encoder" else arch.head.layers
+    found = []
+    for row in component_rows(arch, component):
+        check_shapes(row, parts, shapes)
+        name = f"{component}.{row.megatron}"
+        make = partial(_made, row, parts)
+        found.append(Parameter(name, parameter_shape(arch, name), parts.dtype(row.hf[0]), layers, make))
+    return found
+
+
+def _made(row: Row, source: Source) -> Tensor:
+    made = shard_of(row, source, 0, 1).clone()  # out of the mapped file, which is closed again
+    if isinstance(source, HfTensors):
+        source.release()
+    return made
 
 
 def check_layout_fits(arch: Architecture, layout: Layout) -> None:
@@ -134,7 +208,7 @@ def check_layout_fits(arch: Architecture, layout: Layout) -> None:
         f"{what} ({count})"
         for what, count in (
             ("encoder heads", arch.encoder.heads),
-            ("encoder FFN width", arch.encoder.ffn),
+            ("encoder FFN width", arch.encoder.padded_ffn),
             ("LLM heads", arch.head.heads),
             ("LLM key-value groups", arch.head.groups),
             ("LLM FFN width", arch.head.ffn),

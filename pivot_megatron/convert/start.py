@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pivot_megatron.config.schema import Component, Model
-from pivot_megatron.convert.load import FreshParts, hf_shapes, hf_source, load_component
-from pivot_megatron.convert.plan import COMPONENTS
+from pivot_megatron.convert.hf import read_json
+from pivot_megatron.convert.load import FreshParts, hf_source, load_component
+from pivot_megatron.convert.plan import COMPONENTS, part_shapes
 from pivot_megatron.convert.store import Description, describe, load_weights, resolve_checkpoint
 from pivot_megatron.errors import UserError
+from pivot_megatron.families.registry import encoder_architecture
 from pivot_megatron.model.composition import VisionLanguageModel
 
 
@@ -26,8 +28,18 @@ def _hf_folder(component: Component, name: str) -> Path:
 
 
 def describe_start(model: Model) -> Description:
-    """The Hugging Face folders that describe what `model` asks for."""
-    return Description(_hf_folder(model.encoder, "encoder"), _hf_folder(model.llm, "llm"), model.encoder.feature_layer)
+    """The Hugging Face folders that describe what `model` asks for, and where features are taken: as `model` says, else as the
+    checkpoint that the encoder comes from has it, else as its family does."""
+    encoder = model.encoder
+    folder, image_size = _hf_folder(encoder, "encoder"), encoder.image_size
+    if encoder.checkpoint is not None:
+        before = describe(resolve_checkpoint(encoder.checkpoint))
+        feature_layer, image_size = before.feature_layer, image_size or before.image_size
+    else:
+        feature_layer = encoder_architecture(
+            read_json(folder / "config.json"), str(folder / "config.json")
+        ).feature_layer
+    return Description(folder, _hf_folder(model.llm, "llm"), encoder.feature_layer or feature_layer, image_size)
 
 
 def pinned(model: Model) -> Model:
@@ -67,7 +79,12 @@ def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
         elif component.hf is not None:
             load_component(model, name, hf_source(model.arch, name, component.hf))
         else:
-            load_component(model, name, FreshParts(hf_shapes(model, name), seed))
+            if name == "encoder" and model.arch.encoder.fixed_positions:
+                raise UserError(
+                    f"model.encoder.fresh: {model.arch.encoder.family} has positions that are not learned, so there is "
+                    "nothing to draw them from; start it from `hf`"
+                )
+            load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
 
 
 def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None:

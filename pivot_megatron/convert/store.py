@@ -7,12 +7,13 @@ step-000100/  metadata.json, *.distcp, common.pt   tensors, by global name
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
@@ -30,23 +32,25 @@ from pivot_megatron.model.compat import accepted
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel
 from pivot_megatron.runtime.distributed import is_main_process
 
-FORMAT = 2
+FORMAT = 3
 _STEP = re.compile(r"step-(\d+)$")
 
 
 @dataclass(frozen=True)
 class Description:
-    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`. `template`: the chat
-    template that it was trained with last."""
+    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`. `image_size`: pixels a
+    side, None for what the encoder's config says. `template`: the chat template that it was trained with last."""
 
     encoder: Path
     llm: Path
     feature_layer: int
+    image_size: int | None = None
     template: str = "qwen_1_5"
 
     def architecture(self) -> Architecture:
+        encoder = encoder_architecture(read_json(self.encoder / "config.json"), str(self.encoder / "config.json"))
         return Architecture(
-            encoder_architecture(read_json(self.encoder / "config.json"), str(self.encoder / "config.json")),
+            dataclasses.replace(encoder, image_size=self.image_size or encoder.image_size),
             head_architecture(read_json(self.llm / "config.json"), str(self.llm / "config.json")),
             self.feature_layer,
         )
@@ -68,6 +72,7 @@ class Description:
                     "format": FORMAT,
                     "id": uuid.uuid4().hex,  # names these weights to whatever is computed from them
                     "feature_layer": self.feature_layer,
+                    "image_size": self.image_size,
                     "template": self.template,
                     "dtype": _name(dtype),
                 },
@@ -93,7 +98,11 @@ def describe(checkpoint: Path) -> Description:
     if facts.get("format") != FORMAT:
         raise UserError(f"{checkpoint}: checkpoint format {facts.get('format')}, this version reads {FORMAT}")
     return Description(
-        checkpoint / "hf" / "encoder", checkpoint / "hf" / "llm", facts["feature_layer"], facts["template"]
+        checkpoint / "hf" / "encoder",
+        checkpoint / "hf" / "llm",
+        facts["feature_layer"],
+        facts["image_size"],
+        facts["template"],
     )
 
 
@@ -126,6 +135,19 @@ def content_metadata() -> dict[str, Any]:
 
 def save_state(state: dict[str, Any], out: Path, description: Description, dtype: torch.dtype) -> None:
     """Write `state` (model tensors in `dtype`) so that `out` is whole or absent. Collective over all ranks."""
+    # Saving happens in this process, so its results need none of their own. The one that megatron-core would start takes
+    # seconds, and lives on for ever where a run is killed.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+    options = accepted(dist_checkpointing.save, async_strategy="mcore")
+
+    def write(folder: Path) -> None:
+        dist_checkpointing.save(state, str(folder), content_metadata=content_metadata(), **options)
+
+    save_whole(out, description, dtype, write)
+
+
+def save_whole(out: Path, description: Description, dtype: torch.dtype, write: Callable[[Path], None]) -> None:
+    """A checkpoint whose tensors `write` writes into the folder it is given, whole or absent. Collective over all ranks."""
     part = out.with_name(out.name + ".part")
     if is_main_process():
         shutil.rmtree(part, ignore_errors=True)
@@ -134,11 +156,7 @@ def save_state(state: dict[str, Any], out: Path, description: Description, dtype
         # megatron-core wants an empty folder for its own files and warns otherwise.
         (part / "tensors").mkdir()
     dist.barrier()
-    # Saving happens in this process, so its results need none of their own. The one that megatron-core would start takes
-    # seconds, and lives on for ever where a run is killed.
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-    options = accepted(dist_checkpointing.save, async_strategy="mcore")
-    dist_checkpointing.save(state, str(part / "tensors"), content_metadata=content_metadata(), **options)
+    write(part / "tensors")
     dist.barrier()
     if is_main_process():
         shutil.rmtree(out, ignore_errors=True)
@@ -164,11 +182,11 @@ def save_weights(model: VisionLanguageModel, out: Path, description: Description
 
 
 def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str) -> None:
-    """Set `component` of this stage from a checkpoint, at any layout."""
+    """Set `component` of this stage from a checkpoint, at any layout. FP8's running statistics begin anew."""
     wanted = {
         name: value
         for name, value in model.sharded_state_dict(metadata=content_metadata()).items()
-        if name.startswith(component + ".")
+        if name.startswith(component + ".") and not isinstance(value, ShardedObject)
     }
     # megatron-core's load is collective: a stage without the component joins with nothing of its own.
     loaded = load_state({"model": wanted}, checkpoint)

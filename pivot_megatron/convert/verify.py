@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from pivot_megatron.convert.commands import whole_model
 from pivot_megatron.convert.gather import hf_tensors
 from pivot_megatron.convert.load import hf_source
-from pivot_megatron.convert.plan import COMPONENTS, component_rows
+from pivot_megatron.convert.plan import COMPONENTS, Slice, component_rows
+from pivot_megatron.convert.reference import reference_encoder
 from pivot_megatron.convert.store import describe, load_weights, resolve_checkpoint
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
@@ -52,8 +53,11 @@ class Verification:
         return "\n".join([f"{equal} tensors equal, bit for bit", *lines])
 
 
-def verify_checkpoint(path: Path, encoder: Path, llm: Path) -> Verification:
-    """Compares a checkpoint that should not have trained (an import, or frozen parts) with the folders it came from.
+def verify_checkpoint(
+    path: Path, encoder: Path | None, llm: Path | None, tolerance: float = FORWARD_TOLERANCE
+) -> Verification:
+    """Compares a checkpoint that should not have trained (an import, or frozen parts) with the folders it came from, those that
+    are given.
 
     A trained checkpoint fails in the tensors that moved, which is what the table then shows.
     """
@@ -61,55 +65,82 @@ def verify_checkpoint(path: Path, encoder: Path, llm: Path) -> Verification:
     with whole_model(describe(checkpoint)) as model:
         for name in COMPONENTS:
             load_weights(model, checkpoint, name)
-        checks = [*_tensors(model, encoder, llm), *_encoder_activations(model, encoder), *_head_logprobs(model, llm)]
+        found = hf_tensors(model)
+        checks: list[Check] = []
+        if encoder is not None:
+            checks += _tensors(model, found, "encoder", encoder)
+            checks += _encoder_activations(model, encoder, tolerance)
+        if llm is not None:
+            checks += _tensors(model, found, "llm", llm)
+            checks += _head_activations(model, llm, tolerance)
     return Verification(tuple(checks))
 
 
-def _tensors(model: VisionLanguageModel, encoder: Path, llm: Path) -> Iterator[Check]:
-    found = hf_tensors(model)
-    for component, folder in (("encoder", encoder), ("llm", llm)):
-        source = hf_source(model.arch, component, folder)
-        for name in (part for row in component_rows(model.arch, component) for part in row.hf):
-            stored = source.read(name)
-            ours = found[name].to(stored.dtype)
-            if ours.shape != stored.shape:
-                yield Check(
-                    f"tensor {name}", float("inf"), False, f"shape {tuple(ours.shape)}, not {tuple(stored.shape)}"
-                )
-                continue
-            difference = float((ours.float() - stored.float()).abs().max())
-            yield Check(f"tensor {name}", difference, torch.equal(ours, stored))
+def _tensors(model: VisionLanguageModel, found: Mapping[str, Tensor], component: str, folder: Path) -> Iterator[Check]:
+    source = hf_source(model.arch, component, folder)
+    for name in (part for row in component_rows(model.arch, component) for part in row.hf):
+        stored = source.read(name, Slice())
+        ours = found[name].to(stored.dtype)
+        if ours.shape != stored.shape:
+            yield Check(f"tensor {name}", float("inf"), False, f"shape {tuple(ours.shape)}, not {tuple(stored.shape)}")
+            continue
+        difference = float((ours.float() - stored.float()).abs().max())
+        yield Check(f"tensor {name}", difference, torch.equal(ours, stored))
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@torch.no_grad()
-def _encoder_activations(model: VisionLanguageModel, folder: Path) -> Iterator[Check]:
-    """Every layer's output for one random image."""
-    from transformers import SiglipVisionModel
-
-    theirs: Any = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    arch = model.arch.encoder
-    pixels = torch.randn(1, 3, arch.image_size, arch.image_size, generator=torch.Generator().manual_seed(0))
-    expected = theirs(pixel_values=pixels, output_hidden_states=True).hidden_states
+def _layer_outputs(layers: Iterable[torch.nn.Module], run: Callable[[], object]) -> list[Tensor]:
+    """What each of `layers` gives while `run` runs."""
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        for layer in model.encoder.decoder.layers
+        for layer in layers
     ]
-    model.eval().encoder(pixels.to(current_platform().device))
-    for hook in hooks:
-        hook.remove()
-    for i, hidden in enumerate(seen):
-        difference = _relative(hidden.cpu().view(1, arch.tokens, arch.hidden), expected[i + 1])
-        yield Check(f"encoder layer {i}", difference, difference <= FORWARD_TOLERANCE)
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [output.cpu() for output in seen]
+
+
+def _compared(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> Iterator[Check]:
+    for i, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
+        difference = _relative(found.reshape(expected.shape), expected)
+        yield Check(f"{what} layer {i}", difference, difference <= tolerance)
 
 
 @torch.no_grad()
-def _head_logprobs(model: VisionLanguageModel, folder: Path) -> Iterator[Check]:
-    """Log-probs of a random text under head and transformers' own."""
+def _encoder_activations(model: VisionLanguageModel, folder: Path, tolerance: float) -> Iterator[Check]:
+    """Every layer's output for one random image, and the features."""
+    arch, encoder = model.arch, model.arch.encoder
+    theirs = reference_encoder(encoder.family, folder)
+    size = encoder.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    layers = next(
+        m
+        for m in theirs.model.modules()
+        if isinstance(m, torch.nn.ModuleList | torch.nn.Sequential) and len(m) == encoder.layers
+    )
+    outputs: list[Tensor] = []
+    expected = _layer_outputs(layers, lambda: outputs.append(theirs(pixels)))
+    model.eval()
+    found = _layer_outputs(
+        model.encoder.decoder.layers, lambda: outputs.append(model.encoder(pixels.to(current_platform().device)).cpu())
+    )
+    places = encoder.places
+    yield from _compared("encoder", [f[:places] for f in found], expected[: len(found)], tolerance)
+    if arch.final_norm:
+        difference = _relative(outputs[1][:places].reshape(outputs[0].shape), outputs[0])
+        yield Check("encoder final norm", difference, difference <= tolerance)
+
+
+@torch.no_grad()
+def _head_activations(model: VisionLanguageModel, folder: Path, tolerance: float) -> Iterator[Check]:
+    """Every layer's output, and log-probs, of a random text under head and transformers' own."""
     from transformers import AutoModelForCausalLM
 
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -117,8 +148,15 @@ def _head_logprobs(model: VisionLanguageModel, folder: Path) -> Iterator[Check]:
     ids = torch.randint(0, vocabulary, (48,), generator=torch.Generator().manual_seed(0)).tolist()
     text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), (), 0)
     batch = pack([text], [], branches_per_sample=1, image_size=model.arch.encoder.image_size, multiple=1)
-    found = model.eval()(batch.to(current_platform().device)).cpu()
-    logprobs = theirs(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    expected = logprobs[15:-1].gather(1, torch.tensor(ids[16:])[:, None])[:, 0]
-    difference = _relative(found, expected)
-    yield Check("head log-probs", difference, difference <= FORWARD_TOLERANCE)
+    outputs: list[Any] = []
+    model.eval()
+    found = _layer_outputs(
+        model.llm.decoder.layers, lambda: outputs.append(model(batch.to(current_platform().device)).cpu())
+    )
+    expected = _layer_outputs(theirs.model.layers, lambda: outputs.append(theirs(input_ids=torch.tensor([ids])).logits))
+    expected[-1] = expected[-1][:, 15:-1]  # past the last layer's attention only what predicts the answer goes on
+    yield from _compared("head", found, expected, tolerance)
+    logprobs = outputs[1][0].log_softmax(-1)
+    wanted = logprobs[15:-1].gather(1, torch.tensor(ids[16:])[:, None])[:, 0]
+    difference = _relative(outputs[0], wanted)
+    yield Check("head log-probs", difference, difference <= tolerance)

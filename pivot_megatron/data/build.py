@@ -47,7 +47,7 @@ def build_loader(
     batch = config.batch
     image_size, image_tokens = encoder.image_size, encoder.tokens
     tokenizer = load_tokenizer(llm_folder)
-    transform = ImageTransform.from_processor_folder(encoder_folder)
+    transform = ImageTransform.from_processor_folder(encoder_folder, config.model.encoder.image_size)
     if transform.image_size != image_size:
         raise UserError(
             f"{encoder_folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "

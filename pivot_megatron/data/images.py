@@ -26,7 +26,7 @@ Backend = Literal["pil", "torch"]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _PILLOW_MAJOR = int(PIL.__version__.partition(".")[0])
 _MODES: Mapping[int, str] = {2: "bilinear", 3: "bicubic"}
-_STEPS_NOT_DONE = ("do_center_crop", "do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
+_STEPS_NOT_DONE = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
 
 
 class ImageError(Exception):
@@ -52,17 +52,19 @@ class ImageTransform:
     std: tuple[float, float, float] | None
 
     @classmethod
-    def from_processor_folder(cls, folder: str | Path) -> "ImageTransform":
-        """Read `preprocessor_config.json` of a Hugging Face folder.
+    def from_processor_folder(cls, folder: str | Path, image_size: int | None = None) -> "ImageTransform":
+        """Read `preprocessor_config.json` of a Hugging Face folder, or the `pretrained_cfg` of timm's `config.json`.
 
+        A processor that cuts a square from the middle is taken to resize to that square: nothing of an image is cut away
+        (the recipe has one square tile for every encoder). `image_size`: of a run at another resolution than the processor's.
         Raises UserError for a missing or unreadable file, and for a processor that does anything but these steps.
         """
         path = Path(folder) / "preprocessor_config.json"
-        config = _read_config(path)
+        config = _read_config(path) if path.is_file() else _timm_processor(Path(folder)) or _read_config(path)
         _refuse_other_steps(path, config)
         normalize = config.get("do_normalize", True)
         return cls(
-            image_size=_square_size(path, config),
+            image_size=image_size or _square_size(path, config),
             resample=_resample(path, config),
             rescale_factor=_rescale_factor(path, config) if config.get("do_rescale", True) else None,
             mean=_triple(path, config, "image_mean") if normalize else None,
@@ -155,6 +157,30 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _timm_processor(folder: Path) -> dict[str, Any] | None:
+    """timm's `pretrained_cfg` in the words of a Hugging Face processor; None where the folder is not timm's."""
+    path = folder / "config.json"
+    cfg = _read_config(path).get("pretrained_cfg") if path.is_file() else None
+    if not isinstance(cfg, dict):
+        return None
+    height, width = cfg.get("input_size", (3, None, None))[1:]
+    return {
+        "size": {"height": height, "width": width},
+        "resample": {"bilinear": 2, "bicubic": 3}.get(str(cfg.get("interpolation")), cfg.get("interpolation")),
+        "image_mean": cfg.get("mean"),
+        "image_std": cfg.get("std"),
+    }
+
+
+def square_processor(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """`preprocessor_config.json` of a processor that resizes to a square as training did, and cuts nothing away."""
+    square = {"height": image_size, "width": image_size}
+    found = {**config, "do_resize": True, "size": square}
+    if "do_center_crop" in found or "crop_size" in found:
+        found |= {"do_center_crop": False, "crop_size": square}
+    return found
+
+
 def _refuse_other_steps(path: Path, config: Mapping[str, Any]) -> None:
     for name in _STEPS_NOT_DONE:
         if config.get(name):
@@ -167,9 +193,9 @@ def _refuse_other_steps(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _square_size(path: Path, config: Mapping[str, Any]) -> int:
-    size = config.get("size")
+    size = config.get("crop_size" if config.get("do_center_crop") else "size")
     # Old ViT processors wrote a bare number for a square; in CLIP's and SigLIP's it means the shortest edge.
-    if isinstance(size, int) and str(_processor_type(config)).startswith("ViT"):
+    if isinstance(size, int) and (config.get("do_center_crop") or str(_processor_type(config)).startswith("ViT")):
         size = {"height": size, "width": size}
     if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
         edge = size["height"]

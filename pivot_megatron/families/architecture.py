@@ -9,11 +9,20 @@ from typing import Any
 from pivot_megatron.errors import UserError
 
 VOCABULARY_MULTIPLE = 128
+# Widths that FP8 products and every tensor-parallel size up to 8 divide by: So400m's 4304 is 16 x 269.
+FFN_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class EncoderArchitecture:
-    """A vision transformer. `layers` is the Hugging Face checkpoint's count; sizes in pixels, channels or layers."""
+    """A vision transformer of pre-norm layers. `layers` is the checkpoint's count; sizes in pixels, channels or layers.
+
+    `activation` is `swiglu` where the MLP is gated. `class_token`: one stands before the patches, and has a position.
+    `pre_norm`: embeddings are normed before the first layer. `final_norm`: features are the last layer's output, normed, if
+    they are taken there. `layer_scale`: each residual branch has a scale a channel. `fixed_positions`: position embeddings
+    are not learned. `feature_layer`: where features are taken unless a run says otherwise, as an index into hidden_states
+    from the end.
+    """
 
     family: str
     layers: int
@@ -24,10 +33,32 @@ class EncoderArchitecture:
     patch_size: int
     norm_epsilon: float
     activation: str
+    feature_layer: int
+    class_token: bool = False
+    pre_norm: bool = False
+    final_norm: bool = False
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    fixed_positions: bool = False
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    @property
+    def padded_ffn(self) -> int:
+        """Width of the MLP in megatron-core, the same for every layout. Zero rows give zeros and get no gradient."""
+        return -(-self.ffn // FFN_MULTIPLE) * FFN_MULTIPLE
+
+    @property
+    def places(self) -> int:
+        """Positions in the encoder's own sequence: its class token and the patches."""
+        return self.tokens + int(self.class_token)
 
     @property
     def grid(self) -> int:
@@ -36,6 +67,7 @@ class EncoderArchitecture:
 
     @property
     def tokens(self) -> int:
+        """What the language model sees of an image: its patches."""
         return self.grid**2
 
 
@@ -55,6 +87,8 @@ class HeadArchitecture:
     rope_theta: float
     tied_embeddings: bool
     max_positions: int
+    qkv_bias: bool = True
+    qk_norm: bool = False  # queries and keys are normed, head by head
 
     @property
     def padded_vocabulary(self) -> int:

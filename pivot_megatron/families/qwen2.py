@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.architecture import HeadArchitecture, field_of
-from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, PadRows, Row
+from pivot_megatron.families.architecture import VOCABULARY_MULTIPLE, HeadArchitecture, field_of
+from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, Padding, Row
 
 MODEL_TYPES = ("qwen2",)
 HF_PREFIX = "model."
+ALIASES: tuple[tuple[str, str], ...] = ()
+# What a checkpoint may hold that no parameter is made of.
+UNUSED = ("rotary_emb.inv_freq",)
 
 
 def architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture:
@@ -40,7 +43,7 @@ def architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture:
 
 def table(arch: HeadArchitecture) -> tuple[Row, ...]:
     hf, ours = "model.layers.{layer}.", "decoder.layers.{layer}."
-    words = PadRows(arch.vocabulary, arch.padded_vocabulary)
+    words = Copy(0, Padding.to_multiple(arch.vocabulary, VOCABULARY_MULTIPLE))
     rows = [
         Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), words),
         Row("decoder.final_layernorm.weight", ("model.norm.weight",), Copy()),
@@ -50,7 +53,7 @@ def table(arch: HeadArchitecture) -> tuple[Row, ...]:
         Row(ours + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), FuseGatedMLP()),
         Row(ours + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), Copy(1)),
     ]
-    for kind in ("weight", "bias"):
+    for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
         parts = tuple(f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv")
         rows.append(
             Row(f"{ours}self_attention.linear_qkv.{kind}", parts, FuseQKV(arch.heads // arch.groups, arch.head_dim))

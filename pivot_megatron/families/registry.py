@@ -7,15 +7,23 @@ from types import ModuleType
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families import qwen2, siglip
+from pivot_megatron.families import clip, dinov2, mae, moco, qwen2, qwen3, siglip, vit
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 
-ENCODERS: Mapping[str, ModuleType] = {"siglip": siglip}
-HEADS: Mapping[str, ModuleType] = {"qwen2": qwen2}
+ENCODERS: Mapping[str, ModuleType] = {
+    "siglip": siglip,
+    "clip": clip,
+    "dinov2": dinov2,
+    "vit": vit,
+    "mae": mae,
+    "moco": moco,
+}
+HEADS: Mapping[str, ModuleType] = {"qwen2": qwen2, "qwen3": qwen3}
 
 
 def _family(families: Mapping[str, ModuleType], config: Mapping[str, Any], kind: str, where: str) -> ModuleType:
-    model_type = config.get("model_type")
+    # timm's own config.json names an architecture and no model type.
+    model_type = config.get("model_type") or ("timm_vit" if "architecture" in config else None)
     for family in families.values():
         if model_type in family.MODEL_TYPES:
             return family

@@ -7,13 +7,29 @@ from typing import Any
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture, field_of
-from pivot_megatron.families.table import Copy, FuseQKV, Row
+from pivot_megatron.families.table import Row
+from pivot_megatron.families.vision import Names, vision_table
 
 MODEL_TYPES = ("siglip_vision_model", "siglip")
+HF_CLASS = "SiglipVisionModel"
 HF_PREFIX = "vision_model."
-# What the model has past the feature layer, never built here: an export drops these or puts them back unchanged.
-PAST_FEATURES = ("vision_model.post_layernorm.", "vision_model.head.")
+ALIASES: tuple[tuple[str, str], ...] = ()
 LAYER_PREFIX = "vision_model.encoder.layers."
+ELSEWHERE = ("text_model.", "logit_")
+# What a checkpoint may hold past the features, without the prefix.
+PAST_FEATURES = ("post_layernorm.", "head.", "embeddings.position_ids")
+NORM_PAST_FEATURES = "vision_model.post_layernorm"
+NAMES = Names(
+    patch="vision_model.embeddings.patch_embedding",
+    position="vision_model.embeddings.position_embedding.weight",
+    layer=LAYER_PREFIX + "{layer}.",
+    norm1="layer_norm1",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    norm2="layer_norm2",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+)
 
 
 def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
@@ -32,27 +48,20 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         patch_size=field_of(vision, "patch_size", where),
         norm_epsilon=vision.get("layer_norm_eps", 1e-6),
         activation="gelu_tanh",
+        feature_layer=-2,
     )
 
 
 def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
-    hf, ours = LAYER_PREFIX + "{layer}.", "decoder.layers.{layer}."
-    rows = [
-        Row("patch_embedding.weight", ("vision_model.embeddings.patch_embedding.weight",), Copy()),
-        Row("patch_embedding.bias", ("vision_model.embeddings.patch_embedding.bias",), Copy()),
-        Row("position_embedding.weight", ("vision_model.embeddings.position_embedding.weight",), Copy()),
-        Row(ours + "self_attention.linear_proj.weight", (hf + "self_attn.out_proj.weight",), Copy(1)),
-        Row(ours + "self_attention.linear_proj.bias", (hf + "self_attn.out_proj.bias",), Copy()),
-        Row(ours + "mlp.linear_fc1.weight", (hf + "mlp.fc1.weight",), Copy(0)),
-        Row(ours + "mlp.linear_fc1.bias", (hf + "mlp.fc1.bias",), Copy(0)),
-        Row(ours + "mlp.linear_fc2.weight", (hf + "mlp.fc2.weight",), Copy(1)),
-        Row(ours + "mlp.linear_fc2.bias", (hf + "mlp.fc2.bias",), Copy()),
-    ]
-    for kind in ("weight", "bias"):
-        parts = tuple(f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv")
-        rows += [
-            Row(f"{ours}input_layernorm.{kind}", (f"{hf}layer_norm1.{kind}",), Copy()),
-            Row(f"{ours}pre_mlp_layernorm.{kind}", (f"{hf}layer_norm2.{kind}",), Copy()),
-            Row(f"{ours}self_attention.linear_qkv.{kind}", parts, FuseQKV(1, arch.head_dim)),
-        ]
-    return tuple(rows)
+    return vision_table(arch, NAMES)
+
+
+def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+    """`config.json` of an encoder with `layers` layers; `whole`: with everything past them that the original had."""
+    vision = dict(config.get("vision_config") or config)
+    return vision | {
+        "architectures": [HF_CLASS],
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": layers,
+        "vision_use_head": whole and vision.get("vision_use_head", True),
+    }

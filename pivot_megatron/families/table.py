@@ -6,6 +6,7 @@ cutting a tensor that is already fused is wrong for more than one rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,11 +15,28 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Padding:
+    """`size` entries of a Hugging Face part, then zeros up to `padded`, the same for every layout."""
+
+    size: int
+    padded: int
+
+    @classmethod
+    def to_multiple(cls, size: int, multiple: int) -> Padding | None:
+        padded = -(-size // multiple) * multiple
+        return cls(size, padded) if padded > size else None
+
+
 class Transform(Protocol):
-    """`tp_dim`: the dimension that tensor parallelism splits in every part and in the fused tensor; None if replicated."""
+    """`tp_dim`: the dimension that tensor parallelism splits in every part and in the fused tensor; None if replicated.
+    `padding`: what each part is lengthened to along it."""
 
     @property
     def tp_dim(self) -> int | None: ...
+
+    @property
+    def padding(self) -> Padding | None: ...
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         """One rank's slices of the Hugging Face parts into its megatron-core shard."""
@@ -34,12 +52,29 @@ class Copy:
     """One tensor under another name. `tp_dim` 0: column parallel; 1: row parallel; None: a copy on every rank."""
 
     tp_dim: int | None = None
+    padding: Padding | None = None
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
 
     def unfuse(self, shard: Tensor) -> list[Tensor]:
         return [shard]
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """One tensor that has `dims` leading dimensions of size one more, as class tokens and position embeddings may."""
+
+    dims: int
+
+    tp_dim: None = None
+    padding: None = None
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].reshape(parts[0].shape[self.dims :])
+
+    def unfuse(self, shard: Tensor) -> list[Tensor]:
+        return [shard[(None,) * self.dims]]
 
 
 @dataclass(frozen=True)
@@ -51,10 +86,8 @@ class FuseQKV:
 
     heads_per_group: int
     head_dim: int
-
-    @property
-    def tp_dim(self) -> int:
-        return 0
+    tp_dim: int = 0
+    padding: None = None
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         query, key, value = parts
@@ -74,33 +107,14 @@ class FuseQKV:
 class FuseGatedMLP:
     """Gate and up projections, each `[ffn, hidden]`, one above the other on each rank."""
 
-    @property
-    def tp_dim(self) -> int:
-        return 0
+    padding: Padding | None = None
+    tp_dim: int = 0
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=0)
 
     def unfuse(self, shard: Tensor) -> list[Tensor]:
         return list(shard.chunk(2, dim=0))
-
-
-@dataclass(frozen=True)
-class PadRows:
-    """`[rows, hidden]` with zero rows below, up to `padded`, so that the vocabulary divides by any tensor-parallel size."""
-
-    rows: int
-    padded: int
-
-    @property
-    def tp_dim(self) -> int:
-        return 0
-
-    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
-    def unfuse(self, shard: Tensor) -> list[Tensor]:
-        return [shard]
 
 
 @dataclass(frozen=True)
@@ -149,3 +163,28 @@ def canonical(name: str) -> str:
         if name.endswith(fused):
             return name.removesuffix(fused) + separate
     return name
+
+
+def spellings(name: str, prefix: str, aliases: Sequence[tuple[str, str]]) -> list[str]:
+    """Names under which a component's own folder may hold the hub's `name`: with `prefix` or without, and with each hub part
+    of `aliases` (hub, other) spelled the other way."""
+    other = name
+    for hub, alias in aliases:
+        other = other.replace(hub, alias)
+    return [s for n in dict.fromkeys((name, other)) for s in (n, n.removeprefix(prefix), prefix + n)]
+
+
+_LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)\.(.*)")
+
+
+def checkpoint_place(name: str) -> tuple[str, int | None]:
+    """Under which key a checkpoint holds the parameter of canonical `name`, and which entry of the key's first axis it is;
+    None where it stands in no layer. Layers of a stack lie in one tensor."""
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return name, None
+    stack, layer, rest = found[1], int(found[2]), found[3]
+    for separate, fused in CHECKPOINT_NORM_KEYS.items():
+        if rest.startswith(separate):
+            rest = fused + rest.removeprefix(separate)
+    return stack + rest, layer

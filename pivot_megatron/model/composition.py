@@ -36,6 +36,11 @@ class Architecture:
         """Encoder layers that are built: those up to the feature layer."""
         return self.encoder.layers + 1 + self.feature_layer
 
+    @property
+    def final_norm(self) -> bool:
+        """Whether features are the encoder's final norm's output."""
+        return self.encoder.final_norm and self.feature_layer == -1
+
 
 class VisionLanguageModel(MegatronModule):
     """One pipeline stage: encoder and projector stand on the first, log-probs come out of the last.
@@ -54,7 +59,7 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = None
         if self.pre_process:
             vision = encoder_config(arch.encoder, arch.encoder_layers, layout, precision, recompute.encoder)
-            self.encoder = VisionEncoder(vision, arch.encoder)
+            self.encoder = VisionEncoder(vision, arch.encoder, arch.final_norm)
             self.projector = MultimodalProjector(
                 projector_config(arch.encoder, arch.head, layout, precision),
                 mlp_submodules(layer_modules(), norm_before=False),
@@ -91,15 +96,17 @@ class VisionLanguageModel(MegatronModule):
         return merged
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """`[I, 3, H, W]` to `[I * tokens, 1, H]`, whole on every rank; one blank image's where there is none."""
+        """`[I, 3, H, W]` to those of patches `[I * tokens, 1, H]`, whole on every rank; one blank image's where there is none."""
         if pixels.shape[0] == 0:
             size = self.arch.encoder.image_size
             pixels = torch.zeros(1, 3, size, size, device=pixels.device)
         features = self.projector(self.encoder(pixels))
         if self.config.sequence_parallel:
             features = gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False)
-        whole: Tensor = features[: pixels.shape[0] * self.arch.encoder.tokens]
-        return whole
+        encoder, images = self.arch.encoder, pixels.shape[0]
+        whole = features[: images * encoder.places].view(images, encoder.places, -1)
+        patches: Tensor = whole[:, encoder.places - encoder.tokens :].reshape(images * encoder.tokens, 1, -1)
+        return patches
 
 
 def build_model(arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> VisionLanguageModel:

@@ -25,7 +25,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=head_block(get_num_layers_to_build(config), post_process),
+            transformer_layer_spec=head_block(arch, get_num_layers_to_build(config), post_process),
             vocab_size=arch.padded_vocabulary,
             max_sequence_length=arch.max_positions,
             pre_process=pre_process,

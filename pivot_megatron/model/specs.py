@@ -8,6 +8,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -22,6 +23,7 @@ from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
 from pivot_megatron.model.attention import SegmentAttention
 from pivot_megatron.model.compat import mlp_spec
 from pivot_megatron.model.last_layer import LastLayer
+from pivot_megatron.model.layer_scale import LayerScale
 from pivot_megatron.model.swiglu import SwiGlu
 from pivot_megatron.runtime.device import require_fp8
 from pivot_megatron.runtime.layers import LayerModules, layer_modules
@@ -31,24 +33,40 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "silu": silu}
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+# `swiglu` is the layer spec's own activation; what stands here says that it is gated with SiLU.
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "quick_gelu": quick_gelu, "swiglu": silu}
 _FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise"}
 
 
 def mlp_submodules(modules: LayerModules, norm_before: bool) -> MLPSubmodules:
     first = modules.first_linear if norm_before else modules.column_linear
-    # megatron-core builds the activation only where a config has use_te_activation_func: the head's has.
+    # megatron-core builds the activation only where a config has use_te_activation_func: those of gated MLPs have.
     return MLPSubmodules(linear_fc1=first, linear_fc2=modules.row_linear, activation_func=SwiGlu)
 
 
-def layer_spec(mask: AttnMaskType, layer: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
-    """A pre-norm transformer layer with SegmentAttention. `mask` is stated, as megatron-core's default differs by model."""
+def layer_spec(
+    mask: AttnMaskType,
+    layer: type[TransformerLayer] = TransformerLayer,
+    qk_norm: bool = False,
+    scale: ModuleSpec | None = None,
+) -> ModuleSpec:
+    """A pre-norm transformer layer with SegmentAttention. `mask` is stated, as megatron-core's default differs by model.
+    `scale`: of each residual branch."""
     modules = layer_modules()
+    norm = modules.norm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=modules.first_linear, core_attention=SegmentAttention, linear_proj=modules.row_linear
+            linear_qkv=modules.first_linear,
+            core_attention=SegmentAttention,
+            linear_proj=modules.row_linear,
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
     return ModuleSpec(
@@ -56,10 +74,10 @@ def layer_spec(mask: AttnMaskType, layer: type[TransformerLayer] = TransformerLa
         submodules=TransformerLayerSubmodules(
             input_layernorm=modules.separate_norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=scale or get_bias_dropout_add,
             pre_mlp_layernorm=modules.separate_norm,
             mlp=mlp_spec(mlp_submodules(modules, norm_before=True)),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=scale or get_bias_dropout_add,
             sharded_state_dict_keys_map={} if modules.norm_linear else dict(CHECKPOINT_NORM_KEYS),
         ),
     )
@@ -70,13 +88,16 @@ def block_spec(layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_modules().norm)
 
 
-def head_block(layers: int, last_stage: bool) -> TransformerBlockSubmodules:
-    specs = [layer_spec(AttnMaskType.causal)] * layers
-    return block_spec([*specs[:-1], layer_spec(AttnMaskType.causal, LastLayer)] if last_stage and layers else specs)
+def head_block(arch: HeadArchitecture, layers: int, last_stage: bool) -> TransformerBlockSubmodules:
+    specs = [layer_spec(AttnMaskType.causal, qk_norm=arch.qk_norm)] * layers
+    last = layer_spec(AttnMaskType.causal, LastLayer, qk_norm=arch.qk_norm)
+    return block_spec([*specs[:-1], last] if last_stage and layers else specs)
 
 
-def encoder_block(layers: int) -> TransformerBlockSubmodules:
-    return block_spec([layer_spec(AttnMaskType.no_mask)] * layers)
+def encoder_block(arch: EncoderArchitecture, config: TransformerConfig) -> TransformerBlockSubmodules:
+    facts = {"width": arch.hidden, "dtype": config.params_dtype, "sequence_parallel": config.sequence_parallel}
+    scale = ModuleSpec(module=LayerScale, params=facts) if arch.layer_scale else None
+    return block_spec([layer_spec(AttnMaskType.no_mask, scale=scale)] * config.num_layers)
 
 
 def _leave_as_is(weight: Tensor) -> None:
@@ -130,9 +151,11 @@ def encoder_config(
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
         kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn,
+        ffn_hidden_size=arch.padded_ffn,
+        gated_linear_unit=arch.gated,
+        use_te_activation_func=arch.gated,
         add_bias_linear=True,
-        add_qkv_bias=True,
+        add_qkv_bias=arch.qkv_bias,
         normalization="LayerNorm",
         layernorm_epsilon=arch.norm_epsilon,
         activation_func=ACTIVATIONS[arch.activation],
@@ -171,7 +194,8 @@ def head_config(
         use_te_activation_func=True,  # the layer spec's own activation, of whatever make
         activation_func=silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_epsilon,
         pipeline_model_parallel_size=layout.pipeline,

@@ -60,6 +60,7 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
         "precision": str(config.precision),
         "batch": f"global_size {batch.global_size}, epochs {batch.epochs}, steps {batch.steps}",
         "model.encoder.feature_layer": str(config.model.encoder.feature_layer),
+        "model.encoder.image_size": str(config.model.encoder.image_size),
     }
 
 

@@ -28,7 +28,7 @@ def apply_rules(model: VisionLanguageModel, rules: Sequence[ParameterRule]) -> N
     require_matches(list(rows_by_parameter(model.arch)), rules)
     for name, parameter in parameters_by_global_name(model):
         rate = rate_of(name, rules)
-        parameter.requires_grad = rate != "frozen"
+        parameter.requires_grad = rate != "frozen" and not getattr(parameter, "is_constant", False)
         parameter.learning_rate_factor = 1.0 if rate == "frozen" else rate  # type: ignore[attr-defined]
 
 

@@ -73,7 +73,12 @@ class ReferencePass:
         """Of each folder, the same on every rank: weights are read and hashed by one."""
         config, transform = self.config, self.loader.transform
         weights = from_main_process(model_fingerprint(self.start, config.seed) if is_main_process() else None)
-        model = {**weights, "precision": f"{config.precision.compute} {config.precision.fp8}"}
+        model = {
+            **weights,
+            "feature_layer": str(self.arch.feature_layer),
+            "image_size": str(self.arch.encoder.image_size),
+            "precision": f"{config.precision.compute} {config.precision.fp8}",
+        }
         how = {"processor": f"{transform.fingerprint} {config.data.image_backend}", "template": config.data.template}
         return [Facts(model, {"shards": samples.fingerprint, **how}) for samples in folders]
 

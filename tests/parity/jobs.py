@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unittest.mock
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 import pivot_megatron.runtime  # noqa: F401  (before megatron.core)
@@ -35,16 +34,16 @@ from pivot_megatron.config.schema import (
 from pivot_megatron.convert.gather import hf_tensors
 from pivot_megatron.convert.load import (
     FreshParts,
-    hf_shapes,
     hf_source,
     load_component,
     parameters_by_global_name,
 )
-from pivot_megatron.convert.plan import rows_by_parameter
+from pivot_megatron.convert.plan import COMPONENTS, part_shapes, rows_by_parameter
+from pivot_megatron.convert.start import describe_start
+from pivot_megatron.convert.store import describe, load_weights, save_weights
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Tokenized
-from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model import vocabulary
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
@@ -55,14 +54,8 @@ from pivot_megatron.train.step import forward_logprobs, observed, train_step
 NOTHING_AGAIN = Recompute()
 
 
-def architecture(encoder: Path, head: Path, feature_layer: int = -2) -> Architecture:
-    def config(folder: Path) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        return loaded
-
-    return Architecture(
-        encoder_architecture(config(encoder), str(encoder)), head_architecture(config(head), str(head)), feature_layer
-    )
+def architecture(encoder: Path, head: Path) -> Architecture:
+    return describe_start(Model(encoder=Encoder(hf=encoder), llm=Component(hf=head))).architecture()
 
 
 def loaded_model(
@@ -72,7 +65,7 @@ def loaded_model(
     model = build_model(arch, layout, Precision("fp32"), recompute)
     load_component(model, "encoder", hf_source(arch, "encoder", encoder))
     load_component(model, "llm", hf_source(arch, "llm", head))
-    load_component(model, "projector", FreshParts(hf_shapes(model, "projector"), seed=5))
+    load_component(model, "projector", FreshParts(part_shapes(arch, "projector"), seed=5))
     return model
 
 
@@ -109,9 +102,37 @@ def forward(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized],
     return seen
 
 
-def _watch_encoder(model: VisionLanguageModel, layout: Layout, seen: dict[str, Tensor]) -> None:
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+def encoder_pass(layout: Layout, encoder: Path, head: Path, pixels: Tensor, towards: Tensor | None) -> dict[str, Any]:
+    """Where the encoder stands: its layers' outputs `[I, places, hidden]` and features `[I, tokens, hidden]`; with `towards`,
+    of the features' shape, the gradients of their product and the weights, as Hugging Face tensors."""
+    model = loaded_model(layout, encoder, head)
+    arch = model.arch.encoder
+    if not model.pre_process:
+        return {}
+    seen: dict[str, Tensor] = {}
+    _watch_encoder(model, layout, seen)
+    model.encoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("features", out))
+    model.encoder(pixels)
+    images, length = pixels.shape[0], pixels.shape[0] * arch.places
+    layers = [seen[f"encoder.{i}"][:length].view(images, arch.places, -1) for i in range(model.arch.encoder_layers)]
+    whole = seen["features"]
+    if layout.sequence_parallel:
+        whole = gather_from_sequence_parallel_region(whole, tensor_parallel_output_grad=False)
+    features = whole[:length].view(images, arch.places, -1)[:, arch.places - arch.tokens :]
+    if towards is None:
+        return {"layers": layers, "features": features.detach()}
+    (features * towards).sum().backward()
+    weights = hf_tensors(model)
+    group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in model.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(gradient, group=group)
+        parameter.data = gradient
+    return {"weights": weights, "gradients": hf_tensors(model)}
 
+
+def _watch_encoder(model: VisionLanguageModel, layout: Layout, seen: dict[str, Tensor]) -> None:
     def keep(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -125,8 +146,6 @@ def _watch_encoder(model: VisionLanguageModel, layout: Layout, seen: dict[str, T
 
 
 def _answer_logits(model: VisionLanguageModel, batch: PackedBatch, hidden: Tensor) -> Tensor:
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden)
     weight = model.llm.output_layer.weight
@@ -267,6 +286,18 @@ def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool =
         table = {name: swap_query_and_key(row) for name, row in rows_by_parameter(model.arch).items()}
         with unittest.mock.patch.object(gather, "rows_by_parameter", lambda _arch: table):
             return hf_tensors(model)
+    return hf_tensors(model)
+
+
+def save_checkpoint(layout: Layout, encoder: Path, head: Path, out: Path) -> None:
+    start = Model(encoder=Encoder(hf=encoder), llm=Component(hf=head))
+    save_weights(loaded_model(layout, encoder, head), out, describe_start(start))
+
+
+def loaded_checkpoint(layout: Layout, checkpoint: Path) -> dict[str, Tensor]:
+    model = build_model(describe(checkpoint).architecture(), layout, Precision("fp32"), NOTHING_AGAIN)
+    for component in COMPONENTS:
+        load_weights(model, checkpoint, component)
     return hf_tensors(model)
 
 

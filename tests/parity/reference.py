@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen2ForCausalLM, SiglipVisionModel
+from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.tokens import Branch, Tokenized
@@ -74,7 +74,7 @@ class Reference(torch.nn.Module):
     def __init__(self, encoder: Path, head: Path, projector: dict[str, Tensor], feature_layer: int = -2) -> None:
         super().__init__()
         self.encoder = SiglipVisionModel.from_pretrained(encoder, attn_implementation="eager").float()
-        self.llm = Qwen2ForCausalLM.from_pretrained(head, attn_implementation="eager").float()
+        self.llm = AutoModelForCausalLM.from_pretrained(head, attn_implementation="eager").float()
         first, last = (projector[f"multi_modal_projector.linear_{i}.weight"] for i in (1, 2))
         self.linear_1 = torch.nn.Linear(first.shape[1], first.shape[0])
         self.linear_2 = torch.nn.Linear(last.shape[1], last.shape[0])

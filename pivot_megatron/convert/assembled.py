@@ -1,0 +1,129 @@
+"""Hugging Face's `LlavaForConditionalGeneration` taken apart: what describes each component, and its tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, chunk_of, read_json
+from pivot_megatron.convert.load import Source, at_resolution
+from pivot_megatron.convert.plan import COMPONENTS, part_shapes
+from pivot_megatron.convert.store import Description
+from pivot_megatron.errors import UserError
+from pivot_megatron.families.registry import ENCODERS
+from pivot_megatron.model.composition import Architecture
+
+_MODEL_TYPE = "llava"
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """`folder` is the model's; `description` of its components lies in folders that were made from it."""
+
+    folder: Path
+    description: Description
+
+    def sources(self) -> dict[str, Source]:
+        """Of every component. Raises UserError for a tensor that none of them has a use for."""
+        arch = self.description.architecture()
+        tensors = {name: HfTensors(self.folder, partial(_spellings, arch, name)) for name in COMPONENTS}
+        used = {chunk_of(tensors[name].stored_name(part))[0] for name in COMPONENTS for part in part_shapes(arch, name)}
+        for name in tensors["llm"].names():
+            if name not in used and not _may_be_left(arch, name):
+                raise UserError(
+                    f"{self.folder}: found a tensor {name} that config.json does not speak of; is it one model's?"
+                )
+        config = self.description.encoder / "config.json"
+        return {**tensors, "encoder": at_resolution(arch, tensors["encoder"], read_json(config), str(config))}
+
+
+def take_apart(
+    folder: Path, scratch: Path, feature_layer: int | None = None, image_size: int | None = None
+) -> Assembled:
+    """`folder`'s components described in folders below `scratch`.
+
+    Raises UserError for anything but a LLaVA of one tile whose features are taken where this project takes them.
+    """
+    where = folder / "config.json"
+    config = read_json(where)
+    if config.get("model_type") != _MODEL_TYPE:
+        raise UserError(f"{where}: model_type: expected {_MODEL_TYPE}, found {config.get('model_type')}")
+    if config.get("projector_hidden_act", "gelu") != "gelu" or not config.get("multimodal_projector_bias", True):
+        raise UserError(f"{where}: expected a projector with GELU and biases, found another")
+    layer = config.get("vision_feature_layer", -2) if feature_layer is None else feature_layer
+    if not isinstance(layer, int) or layer >= 0:
+        raise UserError(f"{where}: vision_feature_layer: expected a number from the end, such as -2, found {layer}")
+    encoder, llm = scratch / "encoder", scratch / "llm"
+    for part, key in ((encoder, "vision_config"), (llm, "text_config")):
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(json.dumps(_whole_config(config, key, where), indent=2) + "\n")
+    (encoder / PROCESSOR).write_text(json.dumps(_image_processor(folder), indent=2) + "\n")
+    for file in TOKENIZER_FILES:
+        if (folder / file).exists():
+            shutil.copyfile(folder / file, llm / file)
+    description = Description(encoder, llm, layer, image_size)
+    _check_strategy(description.architecture(), config, where)
+    return Assembled(folder, description)
+
+
+def _whole_config(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """A component's config with the defaults that the assembled one leaves out."""
+    from transformers import AutoConfig
+
+    part = dict(config.get(key) or {})
+    if "model_type" not in part:
+        raise UserError(f"{where}: {key}: expected a model_type, found none")
+    whole: dict[str, Any] = AutoConfig.for_model(**part).to_dict()
+    if key == "text_config":
+        tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
+        whole["tie_word_embeddings"] = part.get("tie_word_embeddings", tied)
+    whole["dtype"] = part.get("dtype") or config.get("dtype") or config.get("torch_dtype")
+    return whole
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """A file of its own until transformers 4, a part of the processor's since."""
+    if (folder / PROCESSOR).exists():
+        return read_json(folder / PROCESSOR)
+    found = read_json(folder / "processor_config.json").get("image_processor")
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{folder}: expected {PROCESSOR}, or an image_processor in processor_config.json, found neither"
+        )
+    return found
+
+
+def _check_strategy(arch: Architecture, config: Mapping[str, Any], where: Path) -> None:
+    wanted = "default" if arch.encoder.class_token else "full"
+    found = config.get("vision_feature_select_strategy", "default")
+    if found != wanted:
+        raise UserError(
+            f"{where}: vision_feature_select_strategy: expected {wanted} for {arch.encoder.family} (patches, no class token), "
+            f"found {found}"
+        )
+
+
+def _spellings(arch: Architecture, component: str, name: str) -> list[str]:
+    """The hub's, and that of a fresh save of transformers 5."""
+    if component == "encoder":
+        bare = name.removeprefix(ENCODERS[arch.encoder.family].HF_PREFIX)
+        return [
+            f"vision_tower.{name}",
+            f"vision_tower.{bare}",
+            f"model.vision_tower.{bare}",
+            f"model.vision_tower.{name}",
+        ]
+    if component == "projector":
+        return [name, f"model.{name}"]
+    return [f"language_model.{name}", f"model.language_model.{name.removeprefix('model.')}", name]
+
+
+def _may_be_left(arch: Architecture, name: str) -> bool:
+    """The encoder's tensors past the features, whatever number its layers have, and the copy of tied embeddings."""
+    tied = arch.head.tied_embeddings and name.endswith("lm_head.weight")
+    return tied or "vision_tower." in name or name.endswith("rotary_emb.inv_freq")

@@ -1,0 +1,168 @@
+"""Checkpoints written and read tensor by tensor, without a model: what stands in memory is one tensor and its parts.
+
+megatron-core's own format: what is written here loads at any layout, and what any layout saved is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pivot_megatron.errors import UserError
+from pivot_megatron.families.table import checkpoint_place
+
+Make = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A whole parameter by its canonical name, `layers` of whose kind there are where it stands in layers. `make` gives it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layers: int
+    make: Make
+
+
+def sharded(parameter: Parameter) -> ShardedTensor:
+    """Where megatron-core's models keep it, with no numbers."""
+    key, layer = checkpoint_place(parameter.name)
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if layer is None:
+        return ShardedTensor.from_rank_offsets(key, empty)
+    return ShardedTensor.from_rank_offsets(key, empty, (0, layer, parameter.layers), prepend_axis_num=1)
+
+
+def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Mapping[str, Any]) -> None:
+    """Into an empty `folder`, one parameter in memory at a time. `content`: megatron-core's content metadata."""
+    state = {parameter.name: sharded(parameter) for parameter in parameters}
+    makers = {_index(sharded_tensor): p.make for p, sharded_tensor in zip(parameters, state.values(), strict=True)}
+    dist_checkpointing.save(
+        {"model": state},
+        str(folder),
+        _OneByOne(makers),
+        content_metadata=dict(content),
+    )
+
+
+def _index(tensor: ShardedTensor) -> MetadataIndex:
+    return MetadataIndex(tensor.key, torch.Size(tensor.global_offset))
+
+
+class _OneByOne(SaveShardedStrategy):  # type: ignore[misc]
+    """megatron-core's save, but each tensor is made as it is written."""
+
+    def __init__(self, makers: Mapping[MetadataIndex, Make]) -> None:
+        super().__init__("torch_dist", 1)
+        self._makers = makers
+
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
+        save(
+            {},
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=_Plan(tensors, self._makers),
+            no_dist=True,
+        )
+
+
+class _Plan(DefaultSavePlanner):
+    def __init__(self, tensors: Sequence[ShardedTensor], makers: Mapping[MetadataIndex, Make]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors, self._makers = tensors, makers
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(tensor) for tensor in self._tensors])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        chunk = write_item.tensor_data.chunk  # type: ignore[union-attr]
+        made = self._makers[MetadataIndex(write_item.index.fqn, chunk.offsets)]()
+        return made.reshape(chunk.sizes)
+
+
+def _write_item(tensor: ShardedTensor) -> WriteItem:
+    offsets = torch.Size(tensor.global_offset)
+    sizes = torch.Size([1] * tensor.prepend_axis_num + list(tensor.local_shape))
+    return WriteItem(
+        index=MetadataIndex(tensor.key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, sizes),
+            properties=TensorProperties(dtype=tensor.dtype),
+            size=torch.Size(tensor.global_shape),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointParameters:
+    """Whole parameters of a checkpoint's `tensors` folder by canonical name, whatever layout saved it."""
+
+    folder: Path
+
+    @cached_property
+    def _reader(self) -> FileSystemReader:
+        reader = FileSystemReader(self.folder)
+        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        return reader
+
+    @cached_property
+    def _metadata(self) -> Any:
+        return FileSystemReader(self.folder).read_metadata()
+
+    def read(self, name: str) -> Tensor:
+        """In the dtype it was saved in. Raises UserError if it is not there."""
+        key, layer = checkpoint_place(name)
+        stored = self._metadata.state_dict_metadata.get(key)
+        if stored is None:
+            raise UserError(f"{self.folder}: expected a tensor {key}, found none")
+        whole = tuple(stored.size)
+        offsets, sizes = [0] * len(whole), list(whole)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        target = torch.empty(sizes, dtype=stored.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target if layer is None else target[0]
+
+
+class _Into(DefaultLoadPlanner):
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
+        return self._target[index]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass

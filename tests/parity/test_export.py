@@ -1,0 +1,260 @@
+"""Hugging Face folders to a checkpoint and back, without a model in between: every family, assembled models, wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from pivot_megatron.cli import main
+from pivot_megatron.config.schema import Component, Encoder, Layout, Model
+from pivot_megatron.convert import hf
+from pivot_megatron.convert.commands import export_checkpoint, import_assembled, import_checkpoint
+from pivot_megatron.convert.load import hf_source, shard_of
+from pivot_megatron.convert.plan import COMPONENTS, component_rows, parameter_shape
+from pivot_megatron.convert.start import describe_start
+from pivot_megatron.convert.store import describe
+from pivot_megatron.convert.stream import CheckpointParameters
+from pivot_megatron.convert.verify import verify_checkpoint
+from pivot_megatron.errors import UserError
+from tests import matrix
+from tests.harness import Workers
+from tests.parity import jobs
+from tests.parity.encoders import MAKERS, Library, make
+from tests.parity.reference import make_checkpoints, make_pixels, relative_difference
+
+LAYOUTS = (matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_checkpoints(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(request.param, tmp_path_factory.mktemp("encoder") / request.param)
+
+
+def imported(folder: Path, encoder: Path, head: Path, image_size: int | None = None) -> Path:
+    import_checkpoint(encoder, head, folder / "checkpoint", None, 5, image_size)
+    return folder / "checkpoint"
+
+
+def same_parameters(one: Path, other: Path) -> bool:
+    arch = describe(one).architecture()
+    a, b = (CheckpointParameters(path / "tensors") for path in (one, other))
+    names = [f"{part}.{row.megatron}" for part in COMPONENTS for row in component_rows(arch, part)]
+    return all(torch.equal(a.read(name), b.read(name)) for name in names)
+
+
+@matrix.layouts(*LAYOUTS)
+def test_what_any_layout_saves_is_read_whole(
+    layout: Layout, world: int, workers: Workers, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    workers.run(jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
+    description = describe_start(Model(encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1])))
+    arch = description.architecture()
+    parameters = CheckpointParameters(tmp_path / "saved" / "tensors")
+    for component, folder in zip(("encoder", "llm"), folders, strict=True):
+        source = hf_source(arch, component, folder)
+        for row in component_rows(arch, component):
+            name = f"{component}.{row.megatron}"
+            found = parameters.read(name)
+            assert found.shape == parameter_shape(arch, name)
+            assert torch.equal(found, shard_of(row, source, 0, 1)), name
+
+
+def test_an_import_loads_at_any_layout_and_verifies(
+    workers: Workers, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint = imported(tmp_path, *folders)
+    wanted = workers.run(jobs.round_trip, Layout(), 1, *folders)[0]
+    for _, layout, world in (matrix.TP2, matrix.PP2):
+        for found in workers.run(jobs.loaded_checkpoint, layout, world, checkpoint):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert verify_checkpoint(checkpoint, *folders).passed
+
+
+def test_every_family_goes_back_to_its_own_library(family: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path, family, folders[1])
+    arch = describe(checkpoint).architecture()
+    pixels = make_pixels(2, seed=3)
+    with torch.no_grad():
+        features = Library(arch, family).features(pixels)
+    export_checkpoint(checkpoint, "encoder", tmp_path / "drop", "drop", None)
+    export_checkpoint(checkpoint, "encoder", tmp_path / "whole", "original", family)
+    assert verify_checkpoint(checkpoint, family, None).passed
+    if arch.encoder.family == "moco":  # timm's names and numbers, whole either way
+        stored = load_file(family / "model.safetensors")
+        for name in ("drop", "whole"):
+            found = load_file(tmp_path / name / "model.safetensors")
+            assert found.keys() == stored.keys()
+            assert all(torch.equal(found[n], t) for n, t in stored.items())
+        return
+    shorter = replace(arch.encoder, layers=arch.encoder_layers)
+    dropped = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "drop")
+    whole = Library(arch, tmp_path / "whole")
+    with torch.no_grad():
+        assert torch.equal(dropped.features(pixels), features)
+        assert torch.equal(whole.features(pixels), features)
+    before = Library(arch, family).model.state_dict()
+    assert all(torch.equal(whole.model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
+def test_another_resolution_is_what_transformers_interpolates(
+    name: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = make(name, tmp_path / "encoder")
+    checkpoint = imported(tmp_path, folder, folders[1], image_size=48)
+    arch = describe(checkpoint).architecture()
+    assert (arch.encoder.image_size, arch.encoder.tokens) == (48, 36)
+    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(4))
+    export_checkpoint(checkpoint, "encoder", tmp_path / "export", "drop", None)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["image_size"] == 48
+    assert json.loads((tmp_path / "export" / "preprocessor_config.json").read_text())["size"] == {
+        "height": 48,
+        "width": 48,
+    }
+    shorter = replace(arch.encoder, layers=arch.encoder_layers)
+    with torch.no_grad():
+        wanted = Library(arch, folder).features(pixels)  # positions interpolated at each call
+        found = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "export").features(pixels)
+    assert relative_difference(found, wanted) <= 1e-6
+    assert verify_checkpoint(checkpoint, folder, None).passed
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_an_assembled_model_and_back(name: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path, make(name, tmp_path / "encoder"), folders[1])
+    export_checkpoint(checkpoint, "mllm", tmp_path / "llava", "drop", None)
+    import_assembled(tmp_path / "llava", tmp_path / "again", None)
+    assert same_parameters(checkpoint, tmp_path / "again")
+    # As transformers itself saves it: other names, another place for the image processor.
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "llava").iterdir():
+        if file.suffix != ".safetensors" and file.name != "config.json":
+            shutil.copyfile(file, tmp_path / "saved" / file.name)
+    import_assembled(tmp_path / "saved", tmp_path / "third", None)
+    assert same_parameters(checkpoint, tmp_path / "third")
+
+
+def test_features_past_a_final_norm_are_no_llava(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path, make("dinov2", tmp_path / "encoder"), folders[1])
+    with pytest.raises(UserError, match="past the final norm"):
+        export_checkpoint(checkpoint, "mllm", tmp_path / "llava", "drop", None)
+    assert not (tmp_path / "llava").exists()
+
+
+def test_a_folder_in_several_files(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = imported(tmp_path, *folders)
+    export_checkpoint(checkpoint, "encoder", tmp_path / "one", "drop", None)
+    monkeypatch.setattr(hf.write_folder, "__defaults__", ((), 100_000))
+    export_checkpoint(checkpoint, "encoder", tmp_path / "several", "drop", None)
+    index = json.loads((tmp_path / "several" / hf.INDEX).read_text())
+    files = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 2
+    assert {p.name for p in files} == set(index["weight_map"].values())
+    assert all(sum(t.nbytes for t in load_file(p).values()) <= 100_000 for p in files)
+    one, several = hf.HfTensors(tmp_path / "one"), hf.HfTensors(tmp_path / "several")
+    assert sorted(one.names()) == sorted(several.names())
+    assert all(torch.equal(one.read(n), several.read(n)) for n in one.names())
+    assert index["metadata"]["total_size"] == sum(one.read(n).nbytes for n in one.names())
+
+
+def changed(folder: Path, out: Path, change: Any) -> Path:
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+WRONG = {
+    "missing": (lambda t: t.pop(FC1), f"expected a tensor {FC1}"),
+    "shape": (lambda t: t.update({FC1: t[FC1][:-1].clone()}), f"{FC1}: expected shape"),
+    "extra": (
+        lambda t: t.update({"vision_model.encoder.layers.9.mlp.fc1.bias": torch.zeros(3)}),
+        "layers.9.mlp.fc1.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_tensors_are_named(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    change, said = WRONG[case]
+    encoder, out = changed(folders[0], tmp_path / "encoder", change), tmp_path / "out"
+    with pytest.raises(UserError, match=said):
+        import_checkpoint(encoder, folders[1], out, None, 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
+
+
+def test_a_file_cut_off_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    shutil.copytree(folders[0], encoder)
+    whole = (encoder / "model.safetensors").read_bytes()
+    (encoder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
+        import_checkpoint(encoder, folders[1], tmp_path / "out", None, 5)
+
+
+def test_a_pickle_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    shutil.copytree(folders[0], encoder)
+    (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
+        import_checkpoint(encoder, folders[1], tmp_path / "out", None, 5)
+
+
+def test_a_full_disk_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = imported(tmp_path, *folders)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: IoError(Os { code: 28, message: No space left on device })")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_checkpoint(checkpoint, "encoder", tmp_path / "out", "drop", None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+TAMPERED = {
+    "swapped": lambda t: swap(t, "self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+    "transposed": lambda t: t.update({key(t, "out_proj.weight"): t[key(t, "out_proj.weight")].t().contiguous()}),
+    "shifted": lambda t: swap(t, "layers.0.layer_norm1.weight", "layers.1.layer_norm1.weight"),
+    "no bias": lambda t: t[key(t, "mlp.fc1.bias")].zero_(),
+}
+
+
+def key(tensors: dict[str, torch.Tensor], part: str) -> str:
+    return next(name for name in tensors if part in name)
+
+
+def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
+    a, b = key(tensors, one), key(tensors, other)
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_verify_sees_what_was_tampered_with(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path, changed(folders[0], tmp_path / "encoder", TAMPERED[case]), folders[1])
+    found = verify_checkpoint(checkpoint, folders[0], None)
+    assert not found.passed
+    wrong = [check.what for check in found.checks if not check.passed]
+    assert any(what.startswith("tensor ") for what in wrong)
+    assert any(what.startswith("encoder layer") for what in wrong)
+    assert main(["convert", "verify", str(checkpoint), "--encoder", str(folders[0])]) == 1
+    assert main(["convert", "verify", str(checkpoint), "--llm", str(folders[1])]) == 0

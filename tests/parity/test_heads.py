@@ -1,0 +1,55 @@
+"""Qwen3 as a head: a file of its own, the same comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pivot_megatron.config.schema import Dpo
+from pivot_megatron.convert.commands import import_checkpoint
+from pivot_megatron.convert.verify import verify_checkpoint
+from tests import matrix
+from tests.harness import Workers
+from tests.parity import jobs
+from tests.parity.reference import make_checkpoints, randomise
+from tests.parity.test_training import check, reference_training, shares
+
+OBJECTIVE = Dpo(beta=0.3)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("qwen3")
+    encoder, _ = make_checkpoints(folder)
+    config = Qwen3Config(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,  # wider than hidden / heads, as in the real ones
+        intermediate_size=128,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=request.param,
+    )
+    torch.manual_seed(2)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
+    randomise(folder / "qwen3", 4)
+    return encoder, folder / "qwen3"
+
+
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP2_PP2)
+def test_training_equals_transformers(layout, world, workers: Workers, folders: tuple[Path, Path]) -> None:
+    wanted = reference_training(*folders, OBJECTIVE)
+    results = workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVE, 2)
+    assert all(any("q_norm" in name for name in found["weights"]) for found in results)
+    check(results, wanted)
+
+
+def test_import_and_verify(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    import_checkpoint(*folders, tmp_path / "checkpoint", None, 5)
+    assert verify_checkpoint(tmp_path / "checkpoint", *folders).passed

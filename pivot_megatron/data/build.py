@@ -36,6 +36,7 @@ def build_loader(
     config: RunConfig,
     encoder_folder: Path,
     llm_folder: Path,
+    resolution: int | None,
     encoder: EncoderArchitecture,
     head: HeadArchitecture,
     branches: int,
@@ -43,11 +44,14 @@ def build_loader(
     size: int,
     with_images: bool,
 ) -> Loader:
-    """The share of data-parallel `rank` of `size`. Raises UserError if files are missing or do not fit the model."""
+    """The share of data-parallel `rank` of `size`. `resolution`: pixels a side, where they are not the image processor's own.
+
+    Raises UserError if files are missing or do not fit the model.
+    """
     batch = config.batch
     image_size, image_tokens = encoder.image_size, encoder.tokens
     tokenizer = load_tokenizer(llm_folder)
-    transform = ImageTransform.from_processor_folder(encoder_folder, config.model.encoder.image_size)
+    transform = ImageTransform.from_processor_folder(encoder_folder, resolution)
     if transform.image_size != image_size:
         raise UserError(
             f"{encoder_folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "

@@ -193,7 +193,8 @@ def _refuse_other_steps(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _square_size(path: Path, config: Mapping[str, Any]) -> int:
-    size = config.get("crop_size" if config.get("do_center_crop") else "size")
+    key = "crop_size" if config.get("do_center_crop") else "size"
+    size = config.get(key)
     # Old ViT processors wrote a bare number for a square; in CLIP's and SigLIP's it means the shortest edge.
     if isinstance(size, int) and (config.get("do_center_crop") or str(_processor_type(config)).startswith("ViT")):
         size = {"height": size, "width": size}
@@ -202,7 +203,7 @@ def _square_size(path: Path, config: Mapping[str, Any]) -> int:
         if isinstance(edge, int) and edge > 0:
             return edge
     raise UserError(
-        f'expected "size": {{"height": S, "width": S}} in {path}, found {size!r}: only a square resize is supported'
+        f'expected "{key}": {{"height": S, "width": S}} in {path}, found {size!r}: only a square resize is supported'
     )
 
 

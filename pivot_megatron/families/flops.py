@@ -12,10 +12,10 @@ from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchit
 
 def encoder_flops(arch: EncoderArchitecture, layers: int) -> float:
     """One image's forward pass through patch embedding and `layers` layers."""
-    weights = 4 * arch.hidden**2 + 2 * arch.hidden * arch.ffn
-    attention = 2 * arch.tokens * arch.hidden  # scores and weighted sums, of every token with every other
+    weights = 4 * arch.hidden**2 + (3 if arch.gated else 2) * arch.hidden * arch.ffn
+    attention = 2 * arch.places * arch.hidden  # scores and weighted sums, of every token with every other
     patches = 3 * arch.patch_size**2 * arch.hidden
-    return 2.0 * arch.tokens * (patches + layers * (weights + attention))
+    return 2.0 * (arch.tokens * patches + arch.places * layers * (weights + attention))
 
 
 def projector_flops(encoder: EncoderArchitecture, head: HeadArchitecture) -> float:

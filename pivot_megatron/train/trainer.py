@@ -118,7 +118,16 @@ def _described(config: RunConfig, start: Model) -> tuple[Description, Architectu
     rank, size = data_parallel()
     branches = build_objective(config.objective).branches
     loader = build_loader(
-        config, description.encoder, description.llm, arch.encoder, arch.head, branches, rank, size, is_first_stage()
+        config,
+        description.encoder,
+        description.llm,
+        description.image_size,
+        arch.encoder,
+        arch.head,
+        branches,
+        rank,
+        size,
+        is_first_stage(),
     )
     return description, arch, loader
 

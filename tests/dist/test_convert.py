@@ -41,7 +41,7 @@ def test_verify_passes_what_was_imported(folders, capsys) -> None:
     assert main(["convert", "verify", str(imported), "--encoder", str(encoder), "--llm", str(head)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("tensors equal, bit for bit")
-    assert [line[:4] for line in lines[1:]] == ["ok  "] * 4  # three encoder layers, the head
+    assert [line[:4] for line in lines[1:]] == ["ok  "] * 8  # three encoder layers, the head's four and its log-probs
 
 
 @pytest.mark.parametrize("tamper", ["swap", "transpose", "bias", "layer"])

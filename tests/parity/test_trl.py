@@ -99,7 +99,7 @@ def our_loader(world: World, objective: Setting, folder: Path) -> Loader:
     path.write_text(yaml.safe_dump(pivot_config(world, objective, folder / "run")))
     arch = describe(world.checkpoint).architecture()
     options = {"branches": 2, "rank": 0, "size": 1, "with_images": True}
-    return build_loader(load_config(path), world.encoder, world.llm, arch.encoder, arch.head, **options)
+    return build_loader(load_config(path), world.encoder, world.llm, None, arch.encoder, arch.head, **options)
 
 
 def separate_sequences(batch: PackedBatch, image_token: int) -> tuple[list[torch.Tensor], list[list[int]]]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from pivot_megatron.data.images import ImageError, ImageTransform
+from pivot_megatron.data.images import ImageError, ImageTransform, square_processor
 from pivot_megatron.errors import UserError
 
 SIGLIP = {
@@ -134,10 +134,32 @@ def test_decompression_bomb_is_refused_before_decoding(edge: int) -> None:
         ImageTransform(48, 3, 1 / 255, None, None)(bomb)
 
 
+def test_a_square_cut_from_the_middle_becomes_a_resize_to_it(tmp_path: Path) -> None:
+    """CLIP's and DINOv2's processors, of which the recipe takes the whole image; timm says the same in other words."""
+    config = {
+        "do_center_crop": True,
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 48, "width": 48},
+        "resample": 3,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.1, 0.2, 0.3],
+    }
+    cut, square, timm = (tmp_path / name for name in ("cut", "square", "timm"))
+    for folder in (cut, square, timm):
+        folder.mkdir()
+    (cut / "preprocessor_config.json").write_text(json.dumps(config))
+    (square / "preprocessor_config.json").write_text(json.dumps(square_processor(config, 48)))
+    said = {"input_size": [3, 48, 48], "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    (timm / "config.json").write_text(json.dumps({"pretrained_cfg": said}))
+    found = [ImageTransform.from_processor_folder(folder) for folder in (cut, square, timm)]
+    assert found[0] == found[1] == found[2] == ImageTransform(48, 3, 1 / 255, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert ImageTransform.from_processor_folder(cut, 32).image_size == 32
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_center_crop": True}, "crop_size"),
         ({"do_pad": True}, "do_pad"),
         ({"do_resize": False}, "do_resize"),
         ({"size": {"height": 48, "width": 64}}, "only a square"),

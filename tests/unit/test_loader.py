@@ -33,10 +33,14 @@ def loader(
 ) -> Loader:
     tree = config_tree(data, data / "unused")
     tree["batch"] |= {key: data_keys.pop(key) for key in ("global_size", "micro_tokens") if key in data_keys}
+    tree["model"]["encoder"] |= {"image_size": data_keys.pop("image_size", None)}
     tree["data"] |= {"shards": [str(shards or data / "pairs")], **data_keys}
     config = load_config(write_config(data / "loader.yaml", tree))
-    arch = describe_start(config.model).architecture()
-    return build_loader(config, data / "encoder", data / "llm", arch.encoder, arch.head, 2, rank, size, with_images)
+    start = describe_start(config.model)
+    arch, folders = start.architecture(), (data / "encoder", data / "llm")
+    return build_loader(
+        config, *folders, start.image_size, arch.encoder, arch.head, 2, rank, size, with_images=with_images
+    )
 
 
 def keys(made: Loader, step: int) -> list[str]:
@@ -49,6 +53,12 @@ def test_ranks_share_the_single_ranks_batch(data: Path) -> None:
         halves = [keys(loader(data, rank, 2), step) for rank in range(2)]
         assert len(whole) == 12 and sorted(halves[0] + halves[1]) == sorted(whole)
         assert loader(data).load(step).keys_digest == loader(data, 1, 2).load(step).keys_digest
+
+
+def test_a_run_at_another_resolution_has_its_pixels_and_tokens(data: Path) -> None:
+    batch = loader(data, image_size=64).load(0).micro_batches[0]
+    assert batch.pixels.shape[1:] == (3, 64, 64)
+    assert batch.image_positions.numel() == 16 * batch.image_index.numel()
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

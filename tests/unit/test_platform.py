@@ -21,7 +21,7 @@ without_cuda = pytest.mark.skipif(current_platform().is_cuda, reason="the stand-
 
 @without_cuda
 def test_fp8_without_transformer_engine_is_an_error() -> None:
-    arch = EncoderArchitecture("siglip", 2, 32, 4, 48, 32, 8, 1e-6, "gelu_tanh")
+    arch = EncoderArchitecture("siglip", 2, 32, 4, 48, 32, 8, 1e-6, "gelu_tanh", feature_layer=-2)
     with pytest.raises(UserError, match=r"precision.fp8: needs a CUDA device and transformer-engine"):
         encoder_config(arch, 1, Layout(), Precision("bf16", fp8="tensorwise"))
 

@@ -108,12 +108,11 @@ def test_weights_have_names(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"a": 1}')
     (folder / "model.safetensors").write_bytes(b"weights")
 
-    def names(feature_layer: int = -2, seed: int = 1) -> dict[str, str]:
-        model = Model(Encoder(fresh=folder, feature_layer=feature_layer), Component(hf=folder))
+    def names(seed: int = 1) -> dict[str, str]:
+        model = Model(Encoder(fresh=folder), Component(hf=folder))
         return model_fingerprint(model, seed)
 
     first = names()
     assert first == names() and first["encoder"] != names(seed=2)["encoder"] and first["llm"] == names(seed=2)["llm"]
-    assert first != names(feature_layer=-1)
     (folder / "model.safetensors").write_bytes(b"Weights")
     assert first["llm"] != names()["llm"] and first["encoder"] == names()["encoder"]

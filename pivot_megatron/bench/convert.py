@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def measure_conversion(head: str, out: Path, say: Callable[[str], None]) -> Conv
     copy.mkdir()
     began = time.perf_counter()
     for file in files:
-        shutil.copyfile(file, copy / file.name)
+        _copy_to_disk(file, copy / file.name)
     copied = time.perf_counter() - began
     shutil.rmtree(copy)
     say("import")
@@ -114,6 +115,13 @@ def measure_conversion(head: str, out: Path, say: Callable[[str], None]) -> Conv
     shutil.rmtree(exported)
     largest = max(nbytes for _, nbytes in digests.values())
     return Conversion(head, size, largest, copied, imported, export, peak_import, peak_export, exact)
+
+
+def _copy_to_disk(source: Path, target: Path) -> None:
+    """Copied, and waited for until it lies on the disk, as a checkpoint is."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _make_head(name: str, folder: Path) -> dict[str, tuple[str, int]]:

@@ -148,7 +148,7 @@ class HfTensors:
         return cut
 
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 3 << 27
 """Of one safetensors file of several, and so the most that a folder's writing holds in memory, but for a larger tensor."""
 
 

@@ -196,9 +196,9 @@ def component_parameters(arch: Architecture, component: str, source: Source | No
 
 
 def _made(row: Row, source: Source) -> Tensor:
-    made = shard_of(row, source, 0, 1).clone()  # out of the mapped file, which is closed again
+    made = shard_of(row, source, 0, 1)
     if isinstance(source, HfTensors):
-        source.release()
+        source.release()  # what `made` does not hold of the mapped file itself is let go
     return made
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -58,39 +56,21 @@ def sharded(parameter: Parameter) -> ShardedTensor:
 
 
 def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Mapping[str, Any]) -> None:
-    """Into an empty `folder`, one parameter in memory at a time. `content`: megatron-core's content metadata."""
-    state = {parameter.name: sharded(parameter) for parameter in parameters}
-    makers = {_index(sharded_tensor): p.make for p, sharded_tensor in zip(parameters, state.values(), strict=True)}
-    dist_checkpointing.save(
-        {"model": state},
-        str(folder),
-        _OneByOne(makers),
-        content_metadata=dict(content),
-    )
+    """Into an empty `folder`, one parameter in memory at a time. `content`: megatron-core's content metadata.
+
+    megatron-core's own save takes tensors that are there. Its format is torch's, a file of what is no tensor, and a note of
+    which format it is; 0.19 would put the second into the first, and reads it either way.
+    """
+    tensors = [sharded(parameter) for parameter in parameters]
+    makers = {_index(tensor): p.make for p, tensor in zip(parameters, tensors, strict=True)}
+    save({}, storage_writer=FileSystemWriter(folder, thread_count=1), planner=_Plan(tensors, makers), no_dist=True)
+    told = {name: value for name, value in content.items() if isinstance(value, str | bool)}  # not its process groups
+    torch.save({"content_metadata": told}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def _index(tensor: ShardedTensor) -> MetadataIndex:
     return MetadataIndex(tensor.key, torch.Size(tensor.global_offset))
-
-
-class _OneByOne(SaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's save, but each tensor is made as it is written."""
-
-    def __init__(self, makers: Mapping[MetadataIndex, Make]) -> None:
-        super().__init__("torch_dist", 1)
-        self._makers = makers
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        save(
-            {},
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=_Plan(tensors, self._makers),
-            no_dist=True,
-        )
 
 
 class _Plan(DefaultSavePlanner):

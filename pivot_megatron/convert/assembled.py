@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, chunk_of, read_json
+from pivot_megatron.convert.export import select_strategy
+from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, read_json
 from pivot_megatron.convert.load import Source, at_resolution
 from pivot_megatron.convert.plan import COMPONENTS, part_shapes
 from pivot_megatron.convert.store import Description
@@ -32,7 +33,7 @@ class Assembled:
         """Of every component. Raises UserError for a tensor that none of them has a use for."""
         arch = self.description.architecture()
         tensors = {name: HfTensors(self.folder, partial(_spellings, arch, name)) for name in COMPONENTS}
-        used = {chunk_of(tensors[name].stored_name(part))[0] for name in COMPONENTS for part in part_shapes(arch, name)}
+        used = set().union(*(tensors[name].holding(part_shapes(arch, name)) for name in COMPONENTS))
         for name in tensors["llm"].names():
             if name not in used and not _may_be_left(arch, name):
                 raise UserError(
@@ -99,7 +100,7 @@ def _image_processor(folder: Path) -> dict[str, Any]:
 
 
 def _check_strategy(arch: Architecture, config: Mapping[str, Any], where: Path) -> None:
-    wanted = "default" if arch.encoder.class_token else "full"
+    wanted = select_strategy(arch)
     found = config.get("vision_feature_select_strategy", "default")
     if found != wanted:
         raise UserError(

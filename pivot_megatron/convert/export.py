@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pivot_megatron.convert.hf import PROCESSOR, HfTensors, chunk_of, read_json, with_chunks_joined
+from pivot_megatron.convert.hf import PROCESSOR, HfTensors, read_json, with_chunks_joined
 from pivot_megatron.convert.plan import component_rows, join
 from pivot_megatron.convert.store import Description
 from pivot_megatron.convert.stream import CheckpointParameters
@@ -95,8 +95,7 @@ def _with_original(
     arch: Architecture,
     trained_dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    names = [part for row in component_rows(arch, "encoder") for part in row.hf]
-    used = {chunk_of(original.stored_name(name))[0] for name in names}
+    used = original.holding(part for row in component_rows(arch, "encoder") for part in row.hf)
     yield from with_chunks_joined((n, as_stored(t, original.read(n), trained_dtype)) for n, t in parts)
     for name in original.names():
         if name not in used and not name.removeprefix(family.HF_PREFIX).startswith(family.ELSEWHERE):
@@ -135,7 +134,7 @@ def _llava_name(name: str) -> str:
     raise ValueError(f"no LLaVA name for {name}")
 
 
-def _select_strategy(arch: Architecture) -> Literal["default", "full"]:
+def select_strategy(arch: Architecture) -> Literal["default", "full"]:
     """transformers' word for leaving a class token out, or having none."""
     return "default" if arch.encoder.class_token else "full"
 
@@ -161,7 +160,7 @@ def export_mllm(description: Description, trained: Trained, image_token: int) ->
         image_token_index=image_token,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
-        vision_feature_select_strategy=_select_strategy(arch),
+        vision_feature_select_strategy=select_strategy(arch),
         image_seq_length=arch.encoder.tokens,
         tie_word_embeddings=arch.head.tied_embeddings,
         architectures=["LlavaForConditionalGeneration"],
@@ -198,7 +197,7 @@ def image_token_and_processor(description: Description, out: Path) -> int:
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=arch.encoder.patch_size,
-        vision_feature_select_strategy=_select_strategy(arch),
+        vision_feature_select_strategy=select_strategy(arch),
         num_additional_image_tokens=arch.encoder.places - arch.encoder.tokens,
         image_token="<image>",
         chat_template=tokenizer.chat_template,

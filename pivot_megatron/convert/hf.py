@@ -113,6 +113,10 @@ class HfTensors:
     def where(self) -> str:
         return str(self.folder)
 
+    def holding(self, parts: Iterable[str]) -> set[str]:
+        """The folder's own names of the tensors that `parts` are, or are chunks of."""
+        return {chunk_of(self.stored_name(part))[0] for part in parts}
+
     def names(self) -> list[str]:
         return list(self._file_of)
 
@@ -178,8 +182,9 @@ def write_folder(
             out.rmdir()
         part.replace(out)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{out}: cannot write ({error}); is the disk full?") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # there no more where all went well
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pivot_megatron.config.schema import Layout
-from pivot_megatron.convert.hf import HfTensors, chunk_of, read_json
+from pivot_megatron.convert.hf import HfTensors, read_json
 from pivot_megatron.convert.plan import (
     Slice,
     component_rows,
@@ -98,8 +98,12 @@ class FreshParts:
         return torch.randn(shape, generator=generator) * 0.02
 
 
+def _family(arch: Architecture, component: str) -> Any:
+    return ENCODERS[arch.encoder.family] if component == "encoder" else HEADS[arch.head.family]
+
+
 def hf_tensors_of(arch: Architecture, component: str, folder: Path) -> HfTensors:
-    family = ENCODERS[arch.encoder.family] if component == "encoder" else HEADS[arch.head.family]
+    family = _family(arch, component)
     return HfTensors(folder, partial(spellings, prefix=family.HF_PREFIX, aliases=family.ALIASES))
 
 
@@ -121,8 +125,7 @@ def at_resolution(arch: Architecture, tensors: HfTensors, config: Mapping[str, A
 
 def require_known(arch: Architecture, component: str, tensors: HfTensors) -> None:
     """Raises UserError naming a tensor of the folder that its config.json does not speak of."""
-    family = ENCODERS[arch.encoder.family] if component == "encoder" else HEADS[arch.head.family]
-    used = {chunk_of(tensors.stored_name(part))[0] for part in part_shapes(arch, component)}
+    family, used = _family(arch, component), tensors.holding(part_shapes(arch, component))
     for name in tensors.names():
         if name not in used and not _may_be_left(arch, component, family, name.removeprefix(family.HF_PREFIX)):
             raise UserError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.families import siglip
 from pivot_megatron.families.architecture import EncoderArchitecture, field_of
 from pivot_megatron.families.table import Row
-from pivot_megatron.families.vision import Names, vision_table
+from pivot_megatron.families.vision import vision_table
 
 MODEL_TYPES = ("clip_vision_model", "clip")
 HF_CLASS = "CLIPVisionModel"
@@ -19,18 +21,10 @@ ELSEWHERE = ("text_model.", "logit_scale", "text_projection.", "visual_projectio
 # What a checkpoint may hold past the features, without the prefix.
 PAST_FEATURES = ("post_layernorm.", "embeddings.position_ids")
 NORM_PAST_FEATURES = "vision_model.post_layernorm"
-NAMES = Names(
-    patch="vision_model.embeddings.patch_embedding",
-    position="vision_model.embeddings.position_embedding.weight",
+NAMES = replace(
+    siglip.NAMES,
     class_token="vision_model.embeddings.class_embedding",
     pre_norm="vision_model.pre_layrnorm",  # as OpenAI spelled it
-    layer=LAYER_PREFIX + "{layer}.",
-    norm1="layer_norm1",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.out_proj",
-    norm2="layer_norm2",
-    fc1="mlp.fc1",
-    fc2="mlp.fc2",
 )
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 

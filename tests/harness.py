@@ -44,8 +44,8 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class Workers:
-    """Up to four processes. `run` calls `job(layout, *args)` on each of `world` and returns their results by rank; without a
-    layout, `job(*args)`, which makes its process groups itself."""
+    """Processes, as many as a job needs. `run` calls `job(layout, *args)` on each of `world` and returns their results by rank;
+    without a layout, `job(*args)`, which makes its process groups itself."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pivot_megatron.config.schema import Layout
@@ -23,13 +25,17 @@ PP2_DP2_OVERLAP = (
     4,
 )
 TP2_PP2 = ("TP2xPP2", Layout(tensor=2, pipeline=2), 4)
+TP4 = ("TP4", Layout(tensor=4), 4)  # more ranks than the tests' heads have key-value groups
+TP4_PP2 = ("TP4xPP2", Layout(tensor=4, pipeline=2), 8)
 
-FORWARD = (SINGLE, TP2, PP2, TP2_PP2)
-TRAINING = (SINGLE, TP2, PP2, UNEVEN_PP2, DP2, DP2_OVERLAP, DP2_BUCKETS, PP2_DP2_OVERLAP, TP2_PP2)
+FORWARD = (SINGLE, TP2, PP2, TP2_PP2, TP4)
+TRAINING = (SINGLE, TP2, PP2, UNEVEN_PP2, DP2, DP2_OVERLAP, DP2_BUCKETS, PP2_DP2_OVERLAP, TP2_PP2, TP4)
 
 
-def layouts(*entries: tuple[str, Layout, int]) -> pytest.MarkDecorator:
-    """Parametrise a test over `layout` and `world`."""
+def layouts(*entries: tuple[str, Layout, int], slow: Sequence[tuple[str, Layout, int]] = ()) -> pytest.MarkDecorator:
+    """Parametrise a test over `layout` and `world`; those in `slow` are left to the slow tests."""
+    marked = [(entry, ()) for entry in entries] + [(entry, (pytest.mark.slow,)) for entry in slow]
     return pytest.mark.parametrize(
-        ("layout", "world"), [pytest.param(layout, world, id=name) for name, layout, world in entries]
+        ("layout", "world"),
+        [pytest.param(layout, world, id=name, marks=marks) for (name, layout, world), marks in marked],
     )

@@ -100,7 +100,7 @@ def pair_lengths(world: World, setting: Setting) -> list[list[PairLengths]]:
     tokenize = SampleTokenizer(
         tokenizer=tokenizer,
         template=qwen_1_5,
-        image_tokens=describe(world.checkpoint).architecture().encoder.tokens,
+        view=describe(world.checkpoint).image_views().fixed,
         sequence_length=_SEQUENCE_LENGTH,
         branches=2,
         too_long="drop",

@@ -39,18 +39,36 @@ class Encoder(Component):
     where the family's features are. Left out, it is the family's own: -2 for SigLIP and CLIP, -1 for the others.
 
     Layers past it are not built: they could not train. `image_size`: pixels a side, where it is not the checkpoint's own;
-    position embeddings are interpolated.
+    position embeddings are interpolated. `max_patches`: of an image, where an encoder keeps aspect ratios (SigLIP2 NaFlex) and
+    it is not the image processor's own number.
     """
 
     feature_layer: int | None = None
     image_size: int | None = None
+    max_patches: int | None = None
+
+
+@dataclass(frozen=True)
+class AnyRes(Strict):
+    """Each image as one square and, laid on the grid of squares that suits its shape best, as tiles (LLaVA-OneVision): black bars
+    are left out of what the language model sees, and an embedding of its own ends each row of patches.
+
+    `grids`: rows and columns of tiles that may be laid out, the first of equals winning; the default is every grid up to 6 by 6.
+    `max_tiles`: what takes more tokens than so many tiles is scaled down to them.
+    """
+
+    grids: tuple[tuple[int, int], ...] = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7))
+    max_tiles: int = 9
 
 
 @dataclass(frozen=True)
 class Model(Strict):
+    """`anyres` left out is as the projector's checkpoint has it."""
+
     encoder: Encoder
     llm: Component
     projector: Component = field(default_factory=Component)
+    anyres: AnyRes | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Hugging Face's `LlavaForConditionalGeneration` taken apart: what describes each component, and its tensors."""
+"""Hugging Face's LLaVA and LLaVA-OneVision taken apart: what describes each component, and its tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.convert.export import select_strategy
+from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, read_json
 from pivot_megatron.convert.load import Source, at_resolution
 from pivot_megatron.convert.plan import COMPONENTS, part_shapes
+from pivot_megatron.convert.processors import select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import ENCODERS
 from pivot_megatron.model.composition import Architecture
 
-_MODEL_TYPE = "llava"
+# By model type: where features are taken, and whether the class token goes with them, unless a config says otherwise.
+_DEFAULTS = {"llava": (-2, "default"), "llava_onevision": (-1, "full")}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Assembled:
     def sources(self) -> dict[str, Source]:
         """Of every component. Raises UserError for a tensor that none of them has a use for."""
         arch = self.description.architecture()
-        tensors = {name: HfTensors(self.folder, partial(_spellings, arch, name)) for name in COMPONENTS}
+        tensors = {name: HfTensors(self.folder, partial(spellings_in, arch, name)) for name in COMPONENTS}
         used = set().union(*(tensors[name].holding(part_shapes(arch, name)) for name in COMPONENTS))
         for name in tensors["llm"].names():
             if name not in used and not _may_be_left(arch, name):
@@ -48,28 +51,46 @@ def take_apart(
 ) -> Assembled:
     """`folder`'s components described in folders below `scratch`.
 
-    Raises UserError for anything but a LLaVA of one tile whose features are taken where this project takes them.
+    Raises UserError for anything but a LLaVA whose features are taken where this project takes them.
     """
     where = folder / "config.json"
     config = read_json(where)
-    if config.get("model_type") != _MODEL_TYPE:
-        raise UserError(f"{where}: model_type: expected {_MODEL_TYPE}, found {config.get('model_type')}")
+    if config.get("model_type") not in _DEFAULTS:
+        raise UserError(f"{where}: model_type: expected {' or '.join(_DEFAULTS)}, found {config.get('model_type')}")
+    default_layer, default_strategy = _DEFAULTS[config["model_type"]]
     if config.get("projector_hidden_act", "gelu") != "gelu" or not config.get("multimodal_projector_bias", True):
         raise UserError(f"{where}: expected a projector with GELU and biases, found another")
-    layer = config.get("vision_feature_layer", -2) if feature_layer is None else feature_layer
+    layer = config.get("vision_feature_layer", default_layer) if feature_layer is None else feature_layer
     if not isinstance(layer, int) or layer >= 0:
         raise UserError(f"{where}: vision_feature_layer: expected a number from the end, such as -2, found {layer}")
     encoder, llm = scratch / "encoder", scratch / "llm"
     for part, key in ((encoder, "vision_config"), (llm, "text_config")):
         part.mkdir(parents=True)
         (part / "config.json").write_text(json.dumps(_whole_config(config, key, where), indent=2) + "\n")
-    (encoder / PROCESSOR).write_text(json.dumps(_image_processor(folder), indent=2) + "\n")
+    (encoder / PROCESSOR).write_text(json.dumps(_of_one_square(_image_processor(folder)), indent=2) + "\n")
     for file in TOKENIZER_FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, llm / file)
     description = Description(encoder, llm, layer, image_size)
-    _check_strategy(description.architecture(), config, where)
+    arch = description.architecture()
+    _check_strategy(arch, config.get("vision_feature_select_strategy", default_strategy), where)
+    if config["model_type"] == "llava_onevision":
+        tile = read_json(encoder / "config.json")["image_size"]
+        description = dataclasses.replace(description, anyres=_anyres(config, tile, where))
     return Assembled(folder, description)
+
+
+def _anyres(config: Mapping[str, Any], tile: int, where: Path) -> AnyRes:
+    """`tile`: pixels a side of the model's tiles."""
+    ratio, grids = str(config.get("vision_aspect_ratio", "anyres_max_9")), config.get("image_grid_pinpoints") or []
+    most = ratio.removeprefix("anyres_max_")
+    if not most.isdigit():
+        raise UserError(f"{where}: vision_aspect_ratio: expected anyres_max_ and a number, found {ratio}")
+    if not grids or any(side % tile for grid in grids for side in grid):
+        raise UserError(
+            f"{where}: image_grid_pinpoints: expected [height, width] in whole tiles of {tile} pixels, found {grids}"
+        )
+    return AnyRes(tuple((height // tile, width // tile) for height, width in grids), int(most))
 
 
 def _whole_config(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
@@ -99,9 +120,16 @@ def _image_processor(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check_strategy(arch: Architecture, config: Mapping[str, Any], where: Path) -> None:
+def _of_one_square(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An image processor of tiles to what each tile goes through; that of a plain LLaVA stays as it is."""
+    if "image_grid_pinpoints" not in config:
+        return dict(config)
+    of_tiles = ("image_grid_pinpoints", "do_pad", "pad_size", "image_processor_type", "processor_class")
+    return {name: value for name, value in config.items() if name not in of_tiles}
+
+
+def _check_strategy(arch: Architecture, found: str, where: Path) -> None:
     wanted = select_strategy(arch)
-    found = config.get("vision_feature_select_strategy", "default")
     if found != wanted:
         raise UserError(
             f"{where}: vision_feature_select_strategy: expected {wanted} for {arch.encoder.family} (patches, no class token), "
@@ -109,7 +137,7 @@ def _check_strategy(arch: Architecture, config: Mapping[str, Any], where: Path) 
         )
 
 
-def _spellings(arch: Architecture, component: str, name: str) -> list[str]:
+def spellings_in(arch: Architecture, component: str, name: str) -> list[str]:
     """The hub's, and that of a fresh save of transformers 5."""
     if component == "encoder":
         bare = name.removeprefix(ENCODERS[arch.encoder.family].HF_PREFIX)

@@ -17,8 +17,6 @@ from pivot_megatron.convert.export import (
     Trained,
     export_encoder,
     export_mllm,
-    image_token_and_processor,
-    processor_file,
 )
 from pivot_megatron.convert.hf import write_folder
 from pivot_megatron.convert.load import (
@@ -30,6 +28,7 @@ from pivot_megatron.convert.load import (
     require_known,
 )
 from pivot_megatron.convert.plan import COMPONENTS
+from pivot_megatron.convert.processors import image_token_and_processor, processor_file
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import (
     Description,
@@ -110,7 +109,10 @@ def export_checkpoint(
     arch = description.architecture()
     trained = Trained(arch, CheckpointParameters(checkpoint / "tensors"))
     facts = {"checkpoint": str(checkpoint), "part": part, "feature_layer": description.feature_layer}
-    facts["image_size"] = arch.encoder.image_size
+    if arch.encoder.native:
+        facts["max_patches"] = description.max_patches  # none: the image processor's own
+    else:
+        facts["image_size"] = arch.encoder.image_size
     with tempfile.TemporaryDirectory() as scratch:
         if part == "mllm":
             token = image_token_and_processor(description, Path(scratch))

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pivot_megatron.convert.hf import PROCESSOR, HfTensors, read_json, with_chunks_joined
+from pivot_megatron.convert.hf import HfTensors, read_json, with_chunks_joined
 from pivot_megatron.convert.plan import component_rows, join
+from pivot_megatron.convert.processors import aspect_ratio, pinpoints, select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.convert.stream import CheckpointParameters
-from pivot_megatron.data.chat import QWEN_1_5_JINJA
-from pivot_megatron.data.images import square_processor
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import ENCODERS
 from pivot_megatron.model.composition import Architecture
@@ -122,6 +118,7 @@ def as_stored(trained: Tensor, original: Tensor, trained_dtype: torch.dtype) -> 
 _LLAVA_NAMES = {
     "vision_model.": "vision_tower.vision_model.",
     "multi_modal_projector.": "multi_modal_projector.",
+    "image_newline": "image_newline",
     "model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
@@ -134,87 +131,46 @@ def _llava_name(name: str) -> str:
     raise ValueError(f"no LLaVA name for {name}")
 
 
-def select_strategy(arch: Architecture) -> Literal["default", "full"]:
-    """transformers' word for leaving a class token out, or having none."""
-    return "default" if arch.encoder.class_token else "full"
-
-
 def export_mllm(description: Description, trained: Trained, image_token: int) -> Export:
-    """Encoder (up to the feature layer), projector and head as `LlavaForConditionalGeneration`, under its hub key names."""
-    from transformers import AutoConfig, LlavaConfig
+    """Encoder (up to the feature layer), projector and head as `LlavaForConditionalGeneration`, or as
+    `LlavaOnevisionForConditionalGeneration` where images are seen as tiles, under hub key names."""
+    from transformers import AutoConfig, LlavaConfig, LlavaOnevisionConfig
 
-    arch = description.architecture()
+    arch, anyres = description.architecture(), description.anyres
     if arch.final_norm:
         raise UserError(
             f"{arch.encoder.family}: its features are past the final norm, and transformers' LLaVA takes them before it; "
             "export the encoder alone (--part encoder)"
+        )
+    if arch.encoder.native:
+        raise UserError(
+            f"{arch.encoder.family}: transformers has no assembled model that keeps aspect ratios; export the encoder alone "
+            "(--part encoder)"
         )
     text = read_json(description.llm / "config.json")
     encoder_config, encoder = export_encoder(description, trained, "drop", None)
     others = (trained.parts(name, stored_dtype(text)) for name in ("projector", "llm"))
     tensors = ((_llava_name(name), tensor) for name, tensor in itertools.chain(encoder, *others))
     vision_type, text_type = encoder_config.pop("model_type"), text.pop("model_type")
-    config: dict[str, Any] = LlavaConfig(
-        vision_config=AutoConfig.for_model(vision_type, **encoder_config),
-        text_config=AutoConfig.for_model(text_type, **text),
-        image_token_index=image_token,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-1,
-        vision_feature_select_strategy=select_strategy(arch),
-        image_seq_length=arch.encoder.tokens,
-        tie_word_embeddings=arch.head.tied_embeddings,
-        architectures=["LlavaForConditionalGeneration"],
-    ).to_dict()
-    return config, tensors
-
-
-def image_token_and_processor(description: Description, out: Path) -> int:
-    """Save tokenizer and processor with an `<image>` token of its own to `out`; returns the token's id.
-
-    The token takes the first free id, which the embedding must already have a row for.
-    """
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
-
-    arch = description.architecture()
-    tokenizer = AutoTokenizer.from_pretrained(description.llm, local_files_only=True)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    token: int = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[assignment]
-    if token >= arch.head.vocabulary:
-        raise UserError(
-            f"{description.llm}: the tokenizer uses all {arch.head.vocabulary} rows of the embedding, so no id is free for "
-            "<image>; add a row to the head before training"
+    common: dict[str, Any] = {
+        "vision_config": AutoConfig.for_model(vision_type, **encoder_config),
+        "text_config": AutoConfig.for_model(text_type, **text),
+        "image_token_index": image_token,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": select_strategy(arch),
+        "tie_word_embeddings": arch.head.tied_embeddings,
+    }
+    if anyres is None:
+        whole: Any = LlavaConfig(
+            **common, image_seq_length=arch.encoder.tokens, architectures=["LlavaForConditionalGeneration"]
         )
-    if description.template != "tokenizer":
-        tokenizer.chat_template = QWEN_1_5_JINJA  # Qwen2.5's own would put another system prompt in front
-    with tempfile.TemporaryDirectory() as scratch:
-        file = processor_file(description, Path(scratch))
-        if file is None:
-            raise UserError(
-                f"{description.encoder / PROCESSOR}: no such file; an assembled model needs the encoder's own"
-            )
-        image_processor = AutoImageProcessor.from_pretrained(file.parent, local_files_only=True)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=arch.encoder.patch_size,
-        vision_feature_select_strategy=select_strategy(arch),
-        num_additional_image_tokens=arch.encoder.places - arch.encoder.tokens,
-        image_token="<image>",
-        chat_template=tokenizer.chat_template,
-    )
-    processor.save_pretrained(out)
-    return token
-
-
-def processor_file(description: Description, scratch: Path) -> Path | None:
-    """`preprocessor_config.json` that makes the pixels which the encoder trained on: its own, or one that resizes to the same
-    square, written to `scratch`. None where its folder has none."""
-    stored = description.encoder / PROCESSOR
-    if not stored.exists():
-        return None
-    config, size = read_json(stored), description.architecture().encoder.image_size
-    if not config.get("do_center_crop") and config.get("size") == {"height": size, "width": size}:
-        return stored
-    made = scratch / PROCESSOR
-    made.write_text(json.dumps(square_processor(config, size), indent=2) + "\n")
-    return made
+    else:
+        whole = LlavaOnevisionConfig(
+            **common,
+            image_grid_pinpoints=pinpoints(anyres, arch.encoder.image_size),
+            vision_aspect_ratio=aspect_ratio(anyres),
+            architectures=["LlavaOnevisionForConditionalGeneration"],
+        )
+    config: dict[str, Any] = whole.to_dict()
+    return config, tensors

@@ -92,6 +92,8 @@ class FreshParts:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        if name == "image_newline":  # as LLaVA-OneVision draws it
+            return torch.randn(shape, generator=generator) / math.sqrt(shape[0])
         if name.startswith("multi_modal_projector."):
             bound = 1 / math.sqrt(shape[1])
             return torch.rand(shape, generator=generator) * 2 * bound - bound
@@ -117,7 +119,7 @@ def hf_source(arch: Architecture, component: str, folder: Path) -> Source:
 def at_resolution(arch: Architecture, tensors: HfTensors, config: Mapping[str, Any], where: str) -> Source:
     """An encoder's tensors, positions resized where its own `config` has another resolution than `arch`."""
     encoder = arch.encoder
-    if encoder_architecture(config, where).image_size == encoder.image_size:
+    if encoder.native or encoder_architecture(config, where).image_size == encoder.image_size:
         return tensors
     (name,) = rows_by_parameter(arch)["encoder.position_embedding.weight"].hf
     return ResizedPositions(tensors, name, encoder.places - encoder.tokens, encoder.grid)
@@ -166,12 +168,15 @@ def check_shapes(row: Row, source: Source, shapes: Mapping[str, tuple[int, ...]]
 def shard_of(row: Row, source: Source, rank: int, size: int) -> Tensor:
     """One rank's megatron-core shard of `row`'s parameter."""
     parts = []
+    dim, most = row.transform.tp_dim, row.transform.most_ranks
+    sharing = 1 if most is None else max(1, size // most)  # ranks that split one fused slice among them
     for name in row.hf:
-        dim = row.transform.tp_dim
-        cut = slice_for(row.transform, source.shape(name)[dim] if dim is not None else 0, rank, size)
+        length = source.shape(name)[dim] if dim is not None else 0
+        cut = slice_for(row.transform, length, rank // sharing, size // sharing)
         part = source.read(name, cut)
         parts.append(_lengthened(part, cut) if cut.zeros else part)
-    return row.transform.fuse(parts)
+    fused = row.transform.fuse(parts)
+    return fused if sharing == 1 else fused.chunk(sharing, dim or 0)[rank % sharing]
 
 
 def _lengthened(part: Tensor, cut: Slice) -> Tensor:
@@ -213,11 +218,12 @@ def check_layout_fits(arch: Architecture, layout: Layout) -> None:
             ("encoder heads", arch.encoder.heads),
             ("encoder FFN width", arch.encoder.padded_ffn),
             ("LLM heads", arch.head.heads),
-            ("LLM key-value groups", arch.head.groups),
             ("LLM FFN width", arch.head.ffn),
         )
         if count % layout.tensor
     ]
+    if arch.head.groups % layout.tensor and layout.tensor % arch.head.groups:
+        uneven.append(f"LLM key-value groups ({arch.head.groups})")
     if uneven:
         raise UserError(f"layout.tensor: {', '.join(uneven)} must divide by it, found {layout.tensor}")
     stated = [n for n in (layout.first_stage_layers, layout.last_stage_layers) if n is not None]

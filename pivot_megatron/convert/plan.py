@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pivot_megatron.families import projector
+from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.families.registry import ENCODERS, HEADS
 from pivot_megatron.families.table import Row, Transform, expand
 from pivot_megatron.model.composition import Architecture
@@ -46,7 +47,7 @@ def component_rows(arch: Architecture, component: str) -> tuple[Row, ...]:
         built = [row for row in rows if arch.final_norm or not row.megatron.startswith("final_norm.")]
         return expand(built, arch.encoder_layers)
     if component == "projector":
-        return projector.table()
+        return projector.table(newline=arch.anyres is not None)
     if component == "llm":
         return expand(HEADS[arch.head.family].table(arch.head), arch.head.layers)
     raise ValueError(f"component: expected one of {', '.join(COMPONENTS)}, found {component}")
@@ -59,9 +60,12 @@ def rows_by_parameter(arch: Architecture) -> dict[str, Row]:
 
 def join(transform: Transform, shards: Sequence[Tensor]) -> list[Tensor]:
     """All ranks' shards, in rank order, to the whole Hugging Face parts: unfuse each, then join, then cut padding."""
-    dim = transform.tp_dim
+    dim, most = transform.tp_dim, transform.most_ranks
     if dim is None:
         return transform.unfuse(shards[0])
+    if most is not None and len(shards) > most:
+        each = len(shards) // most
+        shards = [torch.cat(list(shards[i : i + each]), dim=dim) for i in range(0, len(shards), each)]
     parts = [torch.cat(pieces, dim=dim) for pieces in zip(*map(transform.unfuse, shards), strict=True)]
     return [part.narrow(dim, 0, transform.padding.size) for part in parts] if transform.padding else parts
 
@@ -81,13 +85,18 @@ def parameter_shape(arch: Architecture, name: str) -> tuple[int, ...]:
     else:
         sizes = _Sizes(head.hidden, head.heads, head.groups, head.head_dim, head.ffn, gated=True)
     whole = {
-        "patch_embedding.weight": (encoder.hidden, 3, encoder.patch_size, encoder.patch_size),
+        "patch_embedding.weight": (encoder.hidden, *_patch(encoder)),
         "position_embedding.weight": (encoder.places, encoder.hidden),
         "class_token": (encoder.hidden,),
         "embedding.word_embeddings.weight": (head.padded_vocabulary, head.hidden),
         "output_layer.weight": (head.padded_vocabulary, head.hidden),
     }
     return whole.get(rest) or sizes.of(rest)
+
+
+def _patch(encoder: EncoderArchitecture) -> tuple[int, ...]:
+    edge = encoder.patch_size
+    return (3 * edge**2,) if encoder.native else (3, edge, edge)
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,19 @@ from pivot_megatron.families.table import expand
 
 @dataclass(frozen=True)
 class ReferenceEncoder:
-    """`model`: the library's own module, float32. Called with pixels `[1, 3, S, S]` it gives its last hidden state, normed
-    where the model has a final norm."""
+    """`model`: the library's own module, float32. Called with one image's pixels as PackedBatch has them, of `grid` patches, it
+    gives its last hidden state, normed where the model has a final norm."""
 
     model: Any
     family: str
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         options: dict[str, Any] = {}
-        if self.family == "mae":  # nothing masked, nothing shuffled
+        if self.family == "siglip2":
+            mask = torch.ones(1, pixels.shape[0], dtype=torch.int32)
+            options = {"pixel_attention_mask": mask, "spatial_shapes": torch.tensor([grid])}
+            pixels = pixels[None]
+        elif self.family == "mae":  # nothing masked, nothing shuffled
             tokens = (self.model.config.image_size // self.model.config.patch_size) ** 2
             options["noise"] = torch.arange(tokens, dtype=torch.float32)[None]
         elif pixels.shape[-1] != self.model.config.image_size and self.family != "dinov2":

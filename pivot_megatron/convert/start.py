@@ -29,17 +29,26 @@ def _hf_folder(component: Component, name: str) -> Path:
 
 def describe_start(model: Model) -> Description:
     """The Hugging Face folders that describe what `model` asks for, and where features are taken: as `model` says, else as the
-    checkpoint that the encoder comes from has it, else as its family does."""
+    checkpoint that the encoder comes from has it, else as its family does. Tiles: as `model` says, else as the projector's."""
     encoder = model.encoder
-    folder, image_size = _hf_folder(encoder, "encoder"), encoder.image_size
+    folder, image_size, max_patches = _hf_folder(encoder, "encoder"), encoder.image_size, encoder.max_patches
+    projector = model.projector.checkpoint
     if encoder.checkpoint is not None:
         before = describe(resolve_checkpoint(encoder.checkpoint))
         feature_layer, image_size = before.feature_layer, image_size or before.image_size
+        max_patches = max_patches or before.max_patches
     else:
         feature_layer = encoder_architecture(
             read_json(folder / "config.json"), str(folder / "config.json")
         ).feature_layer
-    return Description(folder, _hf_folder(model.llm, "llm"), encoder.feature_layer or feature_layer, image_size)
+    return Description(
+        folder,
+        _hf_folder(model.llm, "llm"),
+        encoder.feature_layer or feature_layer,
+        image_size,
+        max_patches,
+        model.anyres or (describe(resolve_checkpoint(projector)).anyres if projector is not None else None),
+    )
 
 
 def pinned(model: Model) -> Model:
@@ -75,7 +84,7 @@ def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
         if component.checkpoint is not None:
             checkpoint = resolve_checkpoint(component.checkpoint)
             _check_fits(model, checkpoint, name)
-            load_weights(model, checkpoint, name)
+            load_weights(model, checkpoint, name, leave=_draw_newline(model, checkpoint, name, seed))
         elif component.hf is not None:
             load_component(model, name, hf_source(model.arch, name, component.hf))
         else:
@@ -85,6 +94,14 @@ def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
                     "nothing to draw them from; start it from `hf`"
                 )
             load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
+
+
+def _draw_newline(model: VisionLanguageModel, checkpoint: Path, name: str, seed: int) -> list[str]:
+    """Tiles may follow upon a projector that was trained on squares, which has no newline yet: names what started fresh."""
+    if name != "projector" or model.arch.anyres is None or describe(checkpoint).anyres is not None:
+        return []
+    load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
+    return ["projector.image_newline"]
 
 
 def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None:

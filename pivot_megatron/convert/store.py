@@ -13,7 +13,7 @@ import queue
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,34 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, read_json
+from pivot_megatron.data.build import image_views
+from pivot_megatron.data.views import ImageViews
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.compat import accepted
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel
 from pivot_megatron.runtime.distributed import is_main_process
 
-FORMAT = 3
+FORMAT = 4
 _STEP = re.compile(r"step-(\d+)$")
 
 
 @dataclass(frozen=True)
 class Description:
-    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`. `image_size`: pixels a
-    side, None for what the encoder's config says. `template`: the chat template that it was trained with last."""
+    """Where the files that describe a model lie: folders with an encoder's and a head's `config.json`.
+
+    `image_size`, `max_patches`, `anyres`: how it sees images, where that is not as the encoder's own files say. `template`: the
+    chat template that it was trained with last.
+    """
 
     encoder: Path
     llm: Path
     feature_layer: int
     image_size: int | None = None
+    max_patches: int | None = None
+    anyres: AnyRes | None = None
     template: str = "qwen_1_5"
 
     def architecture(self) -> Architecture:
@@ -53,7 +61,13 @@ class Description:
             dataclasses.replace(encoder, image_size=self.image_size or encoder.image_size),
             head_architecture(read_json(self.llm / "config.json"), str(self.llm / "config.json")),
             self.feature_layer,
+            self.anyres,
         )
+
+    def image_views(self) -> ImageViews:
+        """Raises UserError where the encoder's image processor does not fit it."""
+        encoder = self.architecture().encoder
+        return image_views(self.encoder, encoder, self.image_size, self.max_patches, self.anyres)
 
     def copy_to(self, checkpoint: Path, dtype: torch.dtype) -> None:
         """`dtype`: that of the checkpoint's tensors."""
@@ -73,6 +87,8 @@ class Description:
                     "id": uuid.uuid4().hex,  # names these weights to whatever is computed from them
                     "feature_layer": self.feature_layer,
                     "image_size": self.image_size,
+                    "max_patches": self.max_patches,
+                    "anyres": self.anyres and dataclasses.asdict(self.anyres),
                     "template": self.template,
                     "dtype": _name(dtype),
                 },
@@ -97,11 +113,14 @@ def describe(checkpoint: Path) -> Description:
     facts = read_json(checkpoint / "model.json")
     if facts.get("format") != FORMAT:
         raise UserError(f"{checkpoint}: checkpoint format {facts.get('format')}, this version reads {FORMAT}")
+    tiles = facts["anyres"]
     return Description(
         checkpoint / "hf" / "encoder",
         checkpoint / "hf" / "llm",
         facts["feature_layer"],
         facts["image_size"],
+        facts["max_patches"],
+        AnyRes(tuple((rows, columns) for rows, columns in tiles["grids"]), tiles["max_tiles"]) if tiles else None,
         facts["template"],
     )
 
@@ -181,12 +200,15 @@ def save_weights(model: VisionLanguageModel, out: Path, description: Description
     save_state(state, out, description, model.config.params_dtype)
 
 
-def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str) -> None:
-    """Set `component` of this stage from a checkpoint, at any layout. FP8's running statistics begin anew."""
+def load_weights(model: VisionLanguageModel, checkpoint: Path, component: str, leave: Collection[str] = ()) -> None:
+    """Set `component` of this stage from a checkpoint, at any layout, but for parameters to `leave` as they are.
+
+    FP8's running statistics begin anew.
+    """
     wanted = {
         name: value
         for name, value in model.sharded_state_dict(metadata=content_metadata()).items()
-        if name.startswith(component + ".") and not isinstance(value, ShardedObject)
+        if name.startswith(component + ".") and name not in leave and not isinstance(value, ShardedObject)
     }
     # megatron-core's load is collective: a stage without the component joins with nothing of its own.
     loaded = load_state({"model": wanted}, checkpoint)

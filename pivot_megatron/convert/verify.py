@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pivot_megatron.convert.reference import reference_encoder
 from pivot_megatron.convert.store import describe, load_weights, resolve_checkpoint
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
+from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.composition import VisionLanguageModel
 from pivot_megatron.runtime.device import current_platform
 
@@ -118,24 +120,34 @@ def _encoder_activations(model: VisionLanguageModel, folder: Path, tolerance: fl
     """Every layer's output for one random image, and the features."""
     arch, encoder = model.arch, model.arch.encoder
     theirs = reference_encoder(encoder.family, folder)
-    size = encoder.image_size
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels, grid = _random_image(encoder)
     layers = next(
         m
         for m in theirs.model.modules()
         if isinstance(m, torch.nn.ModuleList | torch.nn.Sequential) and len(m) == encoder.layers
     )
     outputs: list[Tensor] = []
-    expected = _layer_outputs(layers, lambda: outputs.append(theirs(pixels)))
+    expected = _layer_outputs(layers, lambda: outputs.append(theirs(pixels, grid)))
     model.eval()
     found = _layer_outputs(
-        model.encoder.decoder.layers, lambda: outputs.append(model.encoder(pixels.to(current_platform().device)).cpu())
+        model.encoder.decoder.layers,
+        lambda: outputs.append(model.encoder(pixels.to(current_platform().device), [grid]).cpu()),
     )
-    places = encoder.places
+    places = int(encoder.class_token) + math.prod(grid)
     yield from _compared("encoder", [f[:places] for f in found], expected[: len(found)], tolerance)
     if arch.final_norm:
         difference = _relative(outputs[1][:places].reshape(outputs[0].shape), outputs[0])
         yield Check("encoder final norm", difference, difference <= tolerance)
+
+
+def _random_image(encoder: EncoderArchitecture) -> tuple[Tensor, tuple[int, int]]:
+    """Pixels, and patches down and across: no square where the encoder need not have one."""
+    draw = torch.Generator().manual_seed(0)
+    if encoder.native:
+        rows, columns = max(1, encoder.grid - 1), encoder.grid + 1
+        return torch.randn(rows * columns, 3 * encoder.patch_size**2, generator=draw), (rows, columns)
+    size = encoder.image_size
+    return torch.randn(1, 3, size, size, generator=draw), (encoder.grid, encoder.grid)
 
 
 @torch.no_grad()
@@ -146,8 +158,8 @@ def _head_activations(model: VisionLanguageModel, folder: Path, tolerance: float
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     vocabulary = model.arch.head.vocabulary
     ids = torch.randint(0, vocabulary, (48,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), (), 0)
-    batch = pack([text], [], branches_per_sample=1, image_size=model.arch.encoder.image_size, multiple=1)
+    text = Tokenized("text", tuple(ids[:16]), (Branch(tuple(ids[16:]), (True,) * 32),), (), ())
+    batch = pack([text], [], branches_per_sample=1, multiple=1)
     outputs: list[Any] = []
     model.eval()
     found = _layer_outputs(

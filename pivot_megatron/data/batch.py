@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from pivot_megatron.data.views import View
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch: `samples` samples laid out one after another as `prefix | branch | branch ...`, then padding.
 
-    T tokens, K keys, G segments, N predicted answer tokens, I images, P places for them. Integers are int64 unless stated.
+    T tokens, K keys, G segments, N predicted answer tokens, I images, P of the tokens an image's. Integers are int64 unless
+    stated.
 
     A segment is a run of queries that attends to a run of keys, causal from the bottom right: a prefix with its first branch
     attends to itself; any other branch to the prefix and itself; padding to itself. Queries of all segments laid end to end
@@ -21,9 +24,10 @@ class PackedBatch:
 
     tokens: Tensor  # [T]; arbitrary at image positions
     positions: Tensor  # [T] rotary positions; every branch goes on from its prefix's end
-    image_positions: Tensor  # [P * tokens an image] where images' features go, place after place
-    image_index: Tensor  # [P] which image each place shows
-    pixels: Tensor  # [I, 3, H, W] float32; I may be 0
+    image_positions: Tensor  # [P] where images' features go, place after place
+    image_rows: Tensor  # [P] which of the images' tokens goes there, counted over all images' in order
+    pixels: Tensor  # float32, of all images: squares [n, 3, S, S], or patches [n, 3 * patch * patch]; n may be 0
+    views: tuple[View, ...]  # [I] how each image is seen
     key_index: Tensor | None  # [K] token index of each key; None where keys are the tokens themselves
     query_ends: Tensor  # [G + 1] int32, from 0: segment g's queries are query_ends[g] to query_ends[g + 1]
     key_ends: Tensor  # [G + 1] int32, the same of its keys

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.config.schema import RunConfig
-from pivot_megatron.data.images import ImageTransform
+from pivot_megatron.config.schema import AnyRes, RunConfig
+from pivot_megatron.data.images import ImageTransform, PixelSteps, read_processor
 from pivot_megatron.data.loader import Loader, PairSet
 from pivot_megatron.data.tokens import SampleTokenizer, Tokenized, Tokenizer, template_by_name
+from pivot_megatron.data.views import ImageViews, Native, Square, Tiled
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 from pivot_megatron.families.flops import encoder_flops, head_flops
@@ -32,11 +33,41 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return loaded
 
 
+def image_views(
+    folder: Path, encoder: EncoderArchitecture, image_size: int | None, max_patches: int | None, anyres: AnyRes | None
+) -> ImageViews:
+    """How `encoder` sees images, by the image processor of its `folder`. `image_size`, `max_patches`: where they are not the
+    processor's own. Raises UserError where the two do not go together."""
+    if encoder.native:
+        if anyres is not None or image_size is not None:
+            raise UserError(
+                f"{folder}: its encoder keeps aspect ratios, so neither model.anyres nor model.encoder.image_size means "
+                "anything to it; model.encoder.max_patches sets its resolution"
+            )
+        path, config = read_processor(folder)
+        most = max_patches or config.get("max_num_patches", 256)
+        if config.get("patch_size", 16) != encoder.patch_size:
+            raise UserError(
+                f"{path}: patch_size: expected the encoder's, {encoder.patch_size}, found {config['patch_size']}"
+            )
+        return Native(PixelSteps.from_config(path, config), encoder.patch_size, most)
+    if max_patches is not None:
+        raise UserError(
+            f"model.encoder.max_patches: {folder} has an encoder of one resolution; set image_size, or leave it out"
+        )
+    transform = ImageTransform.from_processor_folder(folder, image_size)
+    if transform.image_size != encoder.image_size:
+        raise UserError(
+            f"{folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "
+            f"{encoder.image_size}; make them agree"
+        )
+    return Tiled(transform, encoder.grid, anyres.grids, anyres.max_tiles) if anyres else Square(transform, encoder.grid)
+
+
 def build_loader(
     config: RunConfig,
-    encoder_folder: Path,
     llm_folder: Path,
-    resolution: int | None,
+    images: ImageViews,
     encoder: EncoderArchitecture,
     head: HeadArchitecture,
     branches: int,
@@ -44,23 +75,13 @@ def build_loader(
     size: int,
     with_images: bool,
 ) -> Loader:
-    """The share of data-parallel `rank` of `size`. `resolution`: pixels a side, where they are not the image processor's own.
-
-    Raises UserError if files are missing or do not fit the model.
-    """
+    """The share of data-parallel `rank` of `size`. Raises UserError if files are missing or do not fit the model."""
     batch = config.batch
-    image_size, image_tokens = encoder.image_size, encoder.tokens
     tokenizer = load_tokenizer(llm_folder)
-    transform = ImageTransform.from_processor_folder(encoder_folder, resolution)
-    if transform.image_size != image_size:
-        raise UserError(
-            f"{encoder_folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "
-            f"{image_size}; make them agree"
-        )
     tokenize = SampleTokenizer(
         tokenizer=tokenizer,
         template=template_by_name(config.data.template, tokenizer),
-        image_tokens=image_tokens,
+        view=images.fixed,
         sequence_length=config.data.sequence_length,
         branches=branches,
         too_long=config.data.too_long,
@@ -68,7 +89,7 @@ def build_loader(
     return Loader(
         samples=PairSet.open(config.data.shards),
         tokenize=tokenize,
-        transform=transform,
+        images=images,
         image_backend=config.data.image_backend,
         global_size=batch.global_size,
         flops=partial(sample_flops, encoder=encoder, head=head),
@@ -85,5 +106,7 @@ def build_loader(
 def sample_flops(sample: Tokenized, encoder: EncoderArchitecture, head: HeadArchitecture) -> float:
     """Estimated work of one forward pass over `sample`; backward is in proportion."""
     answers = sum(sum(branch.loss) for branch in sample.branches)
-    images = len(sample.images) * encoder_flops(encoder, encoder.layers)
+    images = sum(
+        encoder_flops(encoder, encoder.layers, rows * columns) for view in sample.views for rows, columns in view.grids
+    )
     return images + head_flops(head, sample.segments, answers)

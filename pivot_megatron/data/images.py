@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels an encoder sees: one square tile, resized, rescaled and normalised.
+"""From an encoded image to the pixels an encoder sees: decoded, resized, rescaled and normalised.
 
 The settings come from the encoder's own `preprocessor_config.json`, so that pixels agree with Hugging Face's processor.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,52 +38,35 @@ class ImageError(Exception):
 
 
 @dataclass(frozen=True)
-class ImageTransform:
-    """Square resize, rescale and normalise, for images of any size and mode.
+class PixelSteps:
+    """Resize, rescale and normalise, for images of any size and mode.
 
     `resample` is Pillow's number of the filter (2 bilinear, 3 bicubic). `rescale_factor`, `mean` and `std` are None
     where the processor leaves that step out.
     """
 
-    image_size: int
     resample: int
     rescale_factor: float | None
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
 
     @classmethod
-    def from_processor_folder(cls, folder: str | Path, image_size: int | None = None) -> "ImageTransform":
-        """Read `preprocessor_config.json` of a Hugging Face folder, or the `pretrained_cfg` of timm's `config.json`.
+    def from_config(cls, path: Path, config: Mapping[str, Any]) -> "PixelSteps":
+        """From `preprocessor_config.json`; `path` names it in errors."""
+        return cls(**_steps(path, config))
 
-        A processor that cuts a square from the middle is taken to resize to that square: nothing of an image is cut away
-        (the recipe has one square tile for every encoder). `image_size`: of a run at another resolution than the processor's.
-        Raises UserError for a missing or unreadable file, and for a processor that does anything but these steps.
-        """
-        path = Path(folder) / "preprocessor_config.json"
-        config = _read_config(path) if path.is_file() else _timm_processor(Path(folder)) or _read_config(path)
-        _refuse_other_steps(path, config)
-        normalize = config.get("do_normalize", True)
-        return cls(
-            image_size=image_size or _square_size(path, config),
-            resample=_resample(path, config),
-            rescale_factor=_rescale_factor(path, config) if config.get("do_rescale", True) else None,
-            mean=_triple(path, config, "image_mean") if normalize else None,
-            std=_std(path, config) if normalize else None,
-        )
-
-    def __call__(self, encoded: bytes, backend: Backend = "pil") -> torch.Tensor:
-        """Pixels of one image: `[3, image_size, image_size]` float32, channels in the order red, green, blue.
+    def resized(self, image: Image.Image, height: int, width: int, backend: Backend) -> npt.NDArray[np.uint8]:
+        """`[height, width, 3]`.
 
         `pil` is bit for bit what the PIL-based Hugging Face processor gives. `torch` resizes with torch's antialiased
-        kernel: faster on some machines, and at most a level or two out of 255 away. EXIF orientation is not applied,
-        as it is not there. Raises ImageError.
+        kernel: faster on some machines, and at most a level or two out of 255 away.
         """
-        image = decode_rgb(encoded)
-        size = self.image_size
-        if backend == "pil":
-            pixels = np.asarray(image.resize((size, size), resample=Image.Resampling(self.resample)))
-        else:
-            pixels = _torch_resize(np.array(image), size, _MODES[self.resample])
+        if backend == "torch":
+            return _torch_resize(np.array(image), height, width, _MODES[self.resample])
+        return np.asarray(image.resize((width, height), resample=Image.Resampling(self.resample)))
+
+    def normalised(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """`[height, width, 3]` bytes to `[3, height, width]` float32, in the order red, green, blue."""
         levels = self._levels
         return torch.from_numpy(np.stack([levels[channel][pixels[:, :, channel]] for channel in range(3)]))
 
@@ -108,8 +91,31 @@ class ImageTransform:
         return values
 
 
-def _torch_resize(pixels: npt.NDArray[np.uint8], size: int, mode: str) -> npt.NDArray[np.uint8]:
-    """`[height, width, 3]` → `[size, size, 3]`, the passes in Pillow's order.
+@dataclass(frozen=True)
+class ImageTransform(PixelSteps):
+    """The steps of an encoder that sees one square of `image_size` pixels a side."""
+
+    image_size: int
+
+    @classmethod
+    def from_processor_folder(cls, folder: str | Path, image_size: int | None = None) -> "ImageTransform":
+        """Read the processor of a Hugging Face folder.
+
+        A processor that cuts a square from the middle is taken to resize to that square: nothing of an image is cut away
+        (the recipe has one square tile for every encoder). `image_size`: of a run at another resolution than the processor's.
+        Raises UserError for a missing or unreadable file, and for a processor that does anything but these steps.
+        """
+        path, config = read_processor(Path(folder))
+        return cls(**_steps(path, config), image_size=image_size or _square_size(path, config))
+
+    def __call__(self, encoded: bytes, backend: Backend = "pil") -> torch.Tensor:
+        """Pixels of one image: `[3, image_size, image_size]` float32. EXIF orientation is not applied, as Hugging Face's
+        processor does not apply it. Raises ImageError."""
+        return self.normalised(self.resized(decode_rgb(encoded), self.image_size, self.image_size, backend))
+
+
+def _torch_resize(pixels: npt.NDArray[np.uint8], to_height: int, to_width: int, mode: str) -> npt.NDArray[np.uint8]:
+    """`[height, width, 3]` → `[to_height, to_width, 3]`, the passes in Pillow's order.
 
     Both libraries clip to bytes between the two passes, so the order shows at sharp edges (by up to 20 levels). torch
     goes along the rows first. So did Pillow before version 13, which goes along the columns first where the height
@@ -118,11 +124,20 @@ def _torch_resize(pixels: npt.NDArray[np.uint8], size: int, mode: str) -> npt.ND
     height, width, _ = pixels.shape
     # [1, 3, height, width], left channels-last in memory, which torch's uint8 kernel likes.
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if _PILLOW_MAJOR >= 13 and height - size > 2 * max(width - size, 0):
-        batch = torch.nn.functional.interpolate(batch, (size, width), mode=mode, antialias=True)
-    batch = torch.nn.functional.interpolate(batch, (size, size), mode=mode, antialias=True)
+    if _PILLOW_MAJOR >= 13 and height - to_height > 2 * max(width - to_width, 0):
+        batch = torch.nn.functional.interpolate(batch, (to_height, width), mode=mode, antialias=True)
+    batch = torch.nn.functional.interpolate(batch, (to_height, to_width), mode=mode, antialias=True)
     resized: npt.NDArray[np.uint8] = batch[0].permute(1, 2, 0).numpy()
     return resized
+
+
+def image_size_of(file: BinaryIO) -> tuple[int, int]:
+    """Width and height in pixels, from the head of an encoded image alone. Raises ImageError."""
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            return image.size
+    except Exception as error:
+        raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 def decode_rgb(encoded: bytes) -> Image.Image:
@@ -143,6 +158,24 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     except Exception as error:
         # Pillow's decoders answer broken bytes with anything from OSError to SyntaxError and struct.error.
         raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """`preprocessor_config.json` of a Hugging Face folder, or the `pretrained_cfg` of timm's `config.json` in its words."""
+    path = folder / "preprocessor_config.json"
+    return path, _read_config(path) if path.is_file() else _timm_processor(folder) or _read_config(path)
+
+
+def _steps(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of PixelSteps."""
+    _refuse_other_steps(path, config)
+    normalize = config.get("do_normalize", True)
+    return {
+        "resample": _resample(path, config),
+        "rescale_factor": _rescale_factor(path, config) if config.get("do_rescale", True) else None,
+        "mean": _triple(path, config, "image_mean") if normalize else None,
+        "std": _std(path, config) if normalize else None,
+    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:

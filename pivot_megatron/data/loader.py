@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from pivot_megatron.data.batch import PackedBatch
-from pivot_megatron.data.images import ImageError, ImageTransform
+from pivot_megatron.data.images import Backend, ImageError
 from pivot_megatron.data.order import step_indices
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.plan import Size, plan_micro_batches
@@ -23,6 +23,7 @@ from pivot_megatron.data.reference import ReferenceFile
 from pivot_megatron.data.sample import BadSample, Pair, Sample
 from pivot_megatron.data.shards import ShardReader
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, Tokenized
+from pivot_megatron.data.views import ImageViews, View
 from pivot_megatron.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -74,6 +75,11 @@ class PairSet:
         reader, at = self._locate(index)
         return reader.read(at, images)
 
+    def image_sizes(self, index: int) -> list[tuple[int, int]]:
+        """Width and height of a sample's images. Raises ImageError."""
+        reader, at = self._locate(index)
+        return reader.image_sizes(at)
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -109,8 +115,8 @@ class Loader:
 
     samples: PairSet
     tokenize: SampleTokenizer
-    transform: ImageTransform
-    image_backend: Literal["pil", "torch"]
+    images: ImageViews
+    image_backend: Backend
     flops: Callable[[Tokenized], float]
     global_size: int
     micro_tokens: int
@@ -145,7 +151,7 @@ class Loader:
                 fitting.append((index, self.tokenized(index)))
             except DoesNotFit as bad:
                 dropped.append(Dropped(bad.key, bad.reason, bad.detail))
-        sizes = [Size(sample.length, len(sample.images), self.flops(sample)) for _, sample in fitting]
+        sizes = [Size(sample.length, sample.sequences, self.flops(sample)) for _, sample in fitting]
         plan = plan_micro_batches(sizes, self.size, self.micro_tokens, self.micro_images)
         batches = [self._micro_batch([fitting[i] for i in chosen]) for chosen in plan[self.rank]]
         return StepData(step, tuple(batches), tuple(dropped) if self.rank == 0 else (), digest)
@@ -153,7 +159,16 @@ class Loader:
     def tokenized(self, index: int) -> Tokenized:
         """Raises DoesNotFit for a sample that is too long, RunError for one that is wrong."""
         with _named():
-            return self.tokenize(self.samples.read(index, images=False))
+            return self.tokenize(self.samples.read(index, images=False), self._views(index))
+
+    def _views(self, index: int) -> list[View] | None:
+        """Of a sample's images, None where all images' are one and the same."""
+        if self.images.fixed is not None:
+            return None
+        try:
+            return [self.images.view(*size) for size in self.samples.image_sizes(index)]
+        except ImageError as error:
+            raise _bad_image(self.samples.key(index), error) from None
 
     def _micro_batch(self, chosen: Sequence[tuple[int, Tokenized]]) -> PackedBatch:
         pixels: list[torch.Tensor] = []
@@ -168,7 +183,7 @@ class Loader:
                     pixels.append(self._pixels(sample.key, image))
                 index.append(known[digest])
         samples = [sample for _, sample in chosen]
-        batch = pack(samples, pixels, self.tokenize.branches, self.transform.image_size, self.pack_multiple, index)
+        batch = pack(samples, pixels, self.tokenize.branches, self.pack_multiple, index)
         return replace(batch, reference=self._reference(chosen)) if self.reference else batch
 
     def _reference(self, chosen: Sequence[tuple[int, Tokenized]]) -> torch.Tensor:
@@ -193,11 +208,15 @@ class Loader:
 
     def _pixels(self, key: str, image: bytes) -> torch.Tensor:
         if not self.with_images:
-            return torch.zeros(3, 0, 0)
+            return torch.zeros(0)
         try:
-            return self.transform(image, self.image_backend)
+            return self.images.pixels(image, self.image_backend)
         except ImageError as error:
-            raise RunError(f"data.shards: sample {key}: bad_image: {error}; mend or remove it") from None
+            raise _bad_image(key, error) from None
+
+
+def _bad_image(key: str, error: ImageError) -> RunError:
+    return RunError(f"data.shards: sample {key}: bad_image: {error}; mend or remove it")
 
 
 def _ahead(load: Callable[[T], StepData], arguments: Iterable[T]) -> Iterator[StepData]:

@@ -29,8 +29,8 @@ class _Layout:
     def add(self, sample: Tokenized, first_branch: int) -> None:
         """`first_branch`: the number of the sample's first branch in the pack."""
         start, prefix = len(self.tokens), len(sample.prefix)
-        for at in sample.images:
-            self.image_positions += range(start + at, start + at + sample.image_tokens)
+        for at, view in zip(sample.images, sample.views, strict=True):
+            self.image_positions += range(start + at, start + at + view.tokens)
         self.tokens += sample.prefix
         self.positions += range(prefix)
         self.segments += sample.segments
@@ -59,18 +59,20 @@ def pack(
     samples: Sequence[Tokenized],
     pixels: Sequence[Tensor],
     branches_per_sample: int,
-    image_size: int,
     multiple: int,
     image_index: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """`pixels`: `[3, S, S]` images. `image_index` says which of them stands at each of the samples' image places, in order;
-    left out, each has its own. The pack is padded to a multiple of `multiple`.
+    """`pixels`: of each image, as its view has them. `image_index` says which of them stands at each of the samples' image
+    places, in order; left out, each has its own. The pack is padded to a multiple of `multiple`.
 
     An empty list of samples gives a pack of padding alone, which trains nothing and joins every collective.
     """
     shown = range(len(pixels)) if image_index is None else image_index
-    if sum(len(s.images) for s in samples) != len(shown):
-        raise ValueError(f"samples have {sum(len(s.images) for s in samples)} image places, got {len(shown)} images")
+    places = [view for sample in samples for view in sample.views]
+    if len(places) != len(shown):
+        raise ValueError(f"samples have {len(places)} image places, got {len(shown)} images")
+    views = tuple(view for _, view in sorted(dict(zip(shown, places, strict=True)).items()))
+    starts = list(accumulate((view.tokens for view in views), initial=0))
     layout = _Layout()
     for n, sample in enumerate(samples):
         layout.add(sample, n * branches_per_sample)
@@ -80,8 +82,9 @@ def pack(
         tokens=_integers(layout.tokens),
         positions=_integers(layout.positions),
         image_positions=_integers(layout.image_positions),
-        image_index=_integers(shown),
-        pixels=torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, image_size, image_size),
+        image_rows=_integers([row for image in shown for row in range(starts[image], starts[image + 1])]),
+        pixels=torch.cat(list(pixels)) if pixels else torch.zeros(0),
+        views=views,
         key_index=None if len(layout.key_index) == len(layout.tokens) else _integers(layout.key_index),
         query_ends=_ends([queries for queries, _ in layout.segments]),
         key_ends=_ends([keys for _, keys in layout.segments]),

@@ -10,6 +10,7 @@ headers once, and the reader seeks from there.
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pivot_megatron.data.images import image_size_of
 from pivot_megatron.data.sample import Sample, parse_sample
 from pivot_megatron.errors import RunError, UserError
 
@@ -230,6 +232,15 @@ class ShardReader:
         )
         return parse_sample(self._keys[position], tar.read(*json_span), image, rejected)
 
+    def image_sizes(self, position: int) -> list[tuple[int, int]]:
+        """Width and height in pixels of a sample's images, the rejected one last; only the heads of the files are read.
+
+        Raises ImageError, and RunError for a lost tar.
+        """
+        tar = self._tar(int(self._numbers[position]))
+        spans = self._spans[position].reshape(3, 2).tolist()[1:]
+        return [image_size_of(io.BufferedReader(_Span(tar, *span))) for span in spans if span[0] >= 0]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
@@ -267,6 +278,29 @@ class _OpenTar:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+class _Span(io.RawIOBase):
+    """A member of a tar as a file."""
+
+    def __init__(self, tar: _OpenTar, offset: int, size: int) -> None:
+        self._tar, self._offset, self._size, self._at = tar, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        buffer[:count] = self._tar.read(self._offset + self._at, count)
+        self._at += count
+        return count
 
 
 def _shard_name(number: int) -> str:

@@ -20,8 +20,9 @@ class EncoderArchitecture:
     `activation` is `swiglu` where the MLP is gated. `class_token`: one stands before the patches, and has a position.
     `pre_norm`: embeddings are normed before the first layer. `final_norm`: features are the last layer's output, normed, if
     they are taken there. `layer_scale`: each residual branch has a scale a channel. `fixed_positions`: position embeddings
-    are not learned. `feature_layer`: where features are taken unless a run says otherwise, as an index into hidden_states
-    from the end.
+    are not learned. `native`: images keep their aspect ratio: patches are given in place of pixels, and positions, those of a
+    square of `image_size`, are scaled to each image. `feature_layer`: where features are taken unless a run says otherwise, as
+    an index into hidden_states from the end.
     """
 
     family: str
@@ -41,6 +42,7 @@ class EncoderArchitecture:
     qkv_bias: bool = True
     layer_scale: bool = False
     fixed_positions: bool = False
+    native: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -57,7 +59,7 @@ class EncoderArchitecture:
 
     @property
     def places(self) -> int:
-        """Positions in the encoder's own sequence: its class token and the patches."""
+        """Positions that the encoder has: its class token's and the patches'."""
         return self.tokens + int(self.class_token)
 
     @property
@@ -67,7 +69,7 @@ class EncoderArchitecture:
 
     @property
     def tokens(self) -> int:
-        """What the language model sees of an image: its patches."""
+        """Patches of a square image, which is what the language model sees of it."""
         return self.grid**2
 
 

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 
 
-def encoder_flops(arch: EncoderArchitecture, layers: int) -> float:
-    """One image's forward pass through patch embedding and `layers` layers."""
+def encoder_flops(arch: EncoderArchitecture, layers: int, tokens: int | None = None) -> float:
+    """One sequence's forward pass through patch embedding and `layers` layers; `tokens`: its patches, a square's if left out."""
+    tokens = arch.tokens if tokens is None else tokens
+    places = tokens + int(arch.class_token)
     weights = 4 * arch.hidden**2 + (3 if arch.gated else 2) * arch.hidden * arch.ffn
-    attention = 2 * arch.places * arch.hidden  # scores and weighted sums, of every token with every other
+    attention = 2 * places * arch.hidden  # scores and weighted sums, of every token with every other
     patches = 3 * arch.patch_size**2 * arch.hidden
-    return 2.0 * (arch.tokens * patches + arch.places * layers * (weights + attention))
+    return 2.0 * (tokens * patches + places * layers * (weights + attention))
 
 
 def projector_flops(encoder: EncoderArchitecture, head: HeadArchitecture) -> float:

@@ -55,9 +55,8 @@ def table(arch: HeadArchitecture) -> tuple[Row, ...]:
     ]
     for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
         parts = tuple(f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv")
-        rows.append(
-            Row(f"{ours}self_attention.linear_qkv.{kind}", parts, FuseQKV(arch.heads // arch.groups, arch.head_dim))
-        )
+        fused = FuseQKV(arch.groups, arch.heads // arch.groups, arch.head_dim)
+        rows.append(Row(f"{ours}self_attention.linear_qkv.{kind}", parts, fused))
     if not arch.tied_embeddings:
         rows.append(Row("output_layer.weight", ("lm_head.weight",), words))
     return tuple(rows)

@@ -7,11 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families import clip, dinov2, mae, moco, qwen2, qwen3, siglip, vit
+from pivot_megatron.families import clip, dinov2, mae, moco, qwen2, qwen3, siglip, siglip2, vit
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 
 ENCODERS: Mapping[str, ModuleType] = {
     "siglip": siglip,
+    "siglip2": siglip2,
     "clip": clip,
     "dinov2": dinov2,
     "vit": vit,

@@ -30,13 +30,17 @@ class Padding:
 
 class Transform(Protocol):
     """`tp_dim`: the dimension that tensor parallelism splits in every part and in the fused tensor; None if replicated.
-    `padding`: what each part is lengthened to along it."""
+    `padding`: what each part is lengthened to along it. `most_ranks`: among how many parts can be split; where there are more
+    ranks, each slice is fused first and then split. None if any number."""
 
     @property
     def tp_dim(self) -> int | None: ...
 
     @property
     def padding(self) -> Padding | None: ...
+
+    @property
+    def most_ranks(self) -> int | None: ...
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         """One rank's slices of the Hugging Face parts into its megatron-core shard."""
@@ -53,6 +57,7 @@ class Copy:
 
     tp_dim: int | None = None
     padding: Padding | None = None
+    most_ranks: None = None
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
@@ -69,6 +74,7 @@ class Squeeze:
 
     tp_dim: None = None
     padding: None = None
+    most_ranks: None = None
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0].reshape(parts[0].shape[self.dims :])
@@ -84,10 +90,15 @@ class FuseQKV:
     Parts: query `[heads * head_dim, ...]`, key and value `[groups * head_dim, ...]`; weights `[rows, hidden]` or biases `[rows]`.
     """
 
+    groups: int
     heads_per_group: int
     head_dim: int
     tp_dim: int = 0
     padding: None = None
+
+    @property
+    def most_ranks(self) -> int:
+        return self.groups
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         query, key, value = parts
@@ -109,6 +120,7 @@ class FuseGatedMLP:
 
     padding: Padding | None = None
     tp_dim: int = 0
+    most_ranks: None = None
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=0)

@@ -61,7 +61,7 @@ def vision_table(arch: EncoderArchitecture, names: Names) -> tuple[Row, ...]:
                 Row(
                     f"{ours}self_attention.linear_qkv.{kind}",
                     tuple(_of_kind(names.layer + part, kind) for part in names.qkv),
-                    FuseQKV(1, arch.head_dim),
+                    FuseQKV(arch.heads, 1, arch.head_dim),
                 )
             )
         rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +46,10 @@ def answer_segments(batch: PackedBatch, rotation: Rotation, multiple: int) -> Se
     )
 
 
-def image_segments(images: int, length: int, tokens: int, device: torch.device) -> Segments:
-    """`images` segments of `length` tokens each, then padding up to `tokens`."""
-    lengths = [length] * images + ([tokens - images * length] if tokens > images * length else [])
+def image_segments(lengths: Sequence[int], tokens: int, device: torch.device) -> Segments:
+    """A segment of each of `lengths`, then padding up to `tokens`."""
+    padding = tokens - sum(lengths)
+    lengths = [*lengths, *([padding] if padding else [])]
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     return Segments(qkv_format="thd", spans=Spans(tuple((n, n) for n in lengths), ends, ends))
 

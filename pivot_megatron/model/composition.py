@@ -7,29 +7,30 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from pivot_megatron.config.schema import Layout, Precision, Recompute
+from pivot_megatron.config.schema import AnyRes, Layout, Precision, Recompute
 from pivot_megatron.data.batch import PackedBatch
+from pivot_megatron.data.views import View
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 from pivot_megatron.model.encoder import VisionEncoder
 from pivot_megatron.model.llm import LanguageModel
-from pivot_megatron.model.specs import encoder_config, head_config, mlp_submodules, projector_config
+from pivot_megatron.model.projector import Projector
+from pivot_megatron.model.specs import encoder_config, head_config
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.runtime.distributed import is_first_stage, is_last_stage
-from pivot_megatron.runtime.layers import layer_modules
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`feature_layer` indexes hidden_states from the end: -1 is the last layer's output."""
+    """`feature_layer` indexes hidden_states from the end: -1 is the last layer's output. `anyres`: images are seen as tiles."""
 
     encoder: EncoderArchitecture
     head: HeadArchitecture
     feature_layer: int
+    anyres: AnyRes | None = None
 
     @property
     def encoder_layers(self) -> int:
@@ -60,12 +61,7 @@ class VisionLanguageModel(MegatronModule):
         if self.pre_process:
             vision = encoder_config(arch.encoder, arch.encoder_layers, layout, precision, recompute.encoder)
             self.encoder = VisionEncoder(vision, arch.encoder, arch.final_norm)
-            self.projector = MultimodalProjector(
-                projector_config(arch.encoder, arch.head, layout, precision),
-                mlp_submodules(layer_modules(), norm_before=False),
-                "mlp",
-                arch.encoder.hidden,
-            )
+            self.projector = Projector(arch.encoder, arch.head, layout, precision, tiles=arch.anyres is not None)
         self.llm = LanguageModel(config, arch.head, self.pre_process, self.post_process)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -83,11 +79,9 @@ class VisionLanguageModel(MegatronModule):
     def merged_embeddings(self, batch: PackedBatch) -> Tensor:
         """Word embeddings with projected image features in their places, `[T(/tp), 1, H]`."""
         merged = self.llm.embed(batch.tokens)
-        features = self.image_features(batch.pixels).to(merged.dtype)
+        features = self.image_features(batch.pixels, batch.views).to(merged.dtype)
         if batch.image_positions.numel():
-            images = features.view(batch.pixels.shape[0], -1, features.shape[-1])
-            features = images.index_select(0, batch.image_index).view(-1, 1, features.shape[-1])
-            merged = merged.index_copy(0, batch.image_positions, features)
+            merged = merged.index_copy(0, batch.image_positions, features.index_select(0, batch.image_rows))
         else:
             # Every rank runs the encoder and its collectives, and its gradients are zeros, not missing.
             merged = merged + 0.0 * features.sum()
@@ -95,18 +89,22 @@ class VisionLanguageModel(MegatronModule):
             merged = scatter_to_sequence_parallel_region(merged)
         return merged
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """`[I, 3, H, W]` to those of patches `[I * tokens, 1, H]`, whole on every rank; one blank image's where there is none."""
-        if pixels.shape[0] == 0:
-            size = self.arch.encoder.image_size
-            pixels = torch.zeros(1, 3, size, size, device=pixels.device)
-        features = self.projector(self.encoder(pixels))
+    def image_features(self, pixels: Tensor, views: tuple[View, ...]) -> Tensor:
+        """The tokens of all images, `[P, 1, H]`, whole on every rank; one blank image's where there is none."""
+        encoder = self.arch.encoder
+        if not views:
+            size, edge = encoder.image_size, encoder.patch_size
+            blank, grid = ((1, 3 * edge**2), (1, 1)) if encoder.native else ((1, 3, size, size), (encoder.grid,) * 2)
+            pixels, views = torch.zeros(blank, device=pixels.device), (View.of_patches(*grid),)
+        grids = [grid for view in views for grid in view.grids]
+        features = self.projector(self.encoder(pixels, grids))
         if self.config.sequence_parallel:
             features = gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False)
-        encoder, images = self.arch.encoder, pixels.shape[0]
-        whole = features[: images * encoder.places].view(images, encoder.places, -1)
-        patches: Tensor = whole[:, encoder.places - encoder.tokens :].reshape(images * encoder.tokens, 1, -1)
-        return patches
+        patches = features[:, 0]
+        if encoder.class_token:  # one resolution, then
+            patches = patches[: len(grids) * encoder.places].view(len(grids), encoder.places, -1)[:, 1:].flatten(0, 1)
+        patches = patches[: sum(rows * columns for rows, columns in grids)]
+        return self.projector.tokens(patches, views)[:, None]
 
 
 def build_model(arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> VisionLanguageModel:

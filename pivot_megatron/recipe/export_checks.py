@@ -101,14 +101,14 @@ def trained_logprobs(model: VisionLanguageModel, run: Path, pairs: Sequence[Held
     tokenize = SampleTokenizer(
         tokenizer=load_tokenizer(description.llm),
         template=qwen_1_5,
-        image_tokens=model.arch.encoder.tokens,
+        view=description.image_views().fixed,
         sequence_length=_SEQUENCE_LENGTH,
         branches=2,
         too_long="drop",
     )
     samples = [Pair(str(i), p.image, p.question, p.chosen, p.rejected, {}) for i, p in enumerate(pairs)]
-    pixels = list(_pixels(description.encoder, pairs))
-    batch = pack([tokenize(s) for s in samples], pixels, 2, model.arch.encoder.image_size, multiple=8)
+    pixels = _pixels(description.encoder, pairs).split(1)
+    batch = pack([tokenize(s) for s in samples], pixels, 2, multiple=8)
     batch = batch.to(current_platform().device)
     (logprobs,) = forward_logprobs(model, [batch])
     if logprobs is None:

@@ -61,6 +61,8 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
         "batch": f"global_size {batch.global_size}, epochs {batch.epochs}, steps {batch.steps}",
         "model.encoder.feature_layer": str(config.model.encoder.feature_layer),
         "model.encoder.image_size": str(config.model.encoder.image_size),
+        "model.encoder.max_patches": str(config.model.encoder.max_patches),
+        "model.anyres": str(config.model.anyres),
     }
 
 

@@ -71,7 +71,7 @@ class ReferencePass:
 
     def _facts(self, folders: Sequence[PairSet]) -> list[Facts]:
         """Of each folder, the same on every rank: weights are read and hashed by one."""
-        config, transform = self.config, self.loader.transform
+        config, images = self.config, self.loader.images
         weights = from_main_process(model_fingerprint(self.start, config.seed) if is_main_process() else None)
         model = {
             **weights,
@@ -79,7 +79,7 @@ class ReferencePass:
             "image_size": str(self.arch.encoder.image_size),
             "precision": f"{config.precision.compute} {config.precision.fp8}",
         }
-        how = {"processor": f"{transform.fingerprint} {config.data.image_backend}", "template": config.data.template}
+        how = {"processor": f"{images.fingerprint} {config.data.image_backend}", "template": config.data.template}
         return [Facts(model, {"shards": samples.fingerprint, **how}) for samples in folders]
 
     def _make(self, path: Path, facts: Facts, samples: PairSet, model: VisionLanguageModel) -> None:

@@ -119,9 +119,8 @@ def _described(config: RunConfig, start: Model) -> tuple[Description, Architectu
     branches = build_objective(config.objective).branches
     loader = build_loader(
         config,
-        description.encoder,
         description.llm,
-        description.image_size,
+        description.image_views(),
         arch.encoder,
         arch.head,
         branches,

@@ -16,6 +16,8 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -28,6 +30,7 @@ from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.families.registry import ENCODERS
 from pivot_megatron.families.table import spellings
 from pivot_megatron.model.composition import Architecture
+from tests.parity.images import Images, patches_of
 from tests.parity.reference import ENCODER, IMAGE_SIZE, randomise
 
 _SIZES = {
@@ -135,8 +138,17 @@ def as_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _siglip2(folder: Path) -> None:
+    config = Siglip2VisionConfig(
+        **{n: v for n, v in _SIZES.items() if n != "image_size"}, intermediate_size=176, num_patches=16
+    )
+    processor = {"do_resize": True, "resample": 2, "patch_size": 8, "max_num_patches": 24, **_MEAN}
+    _saved(folder, Siglip2VisionModel(config), processor, "Siglip2ImageProcessor")
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "siglip": _siglip,
+    "siglip2": _siglip2,
     "clip": _clip,
     "dinov2": _dinov2,
     "dinov2-giant": _dinov2_giant,
@@ -163,25 +175,25 @@ class Library:
         self.model: Any = _vit_of(folder) if self.family == "moco" else reference_encoder(self.family, folder).model
         self._call = ReferenceEncoder(self.model, "vit" if self.family == "moco" else self.family)
 
-    def layers(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each layer's output `[I, places, hidden]`, and the normed last one."""
+    def layers(self, images: Images) -> tuple[list[Tensor], Tensor]:
+        """Each layer's output `[places, hidden]`, image after image, and the normed last one."""
         found: list[Tensor] = []
         layers = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList))
         hooks = [
             layer.register_forward_hook(lambda _m, _i, out: found.append(out[0] if isinstance(out, tuple) else out))
             for layer in layers
         ]
-        last = torch.cat([self._call(one[None]) for one in pixels])
+        last = [self._call(one, view.grids[0])[0] for one, view in zip(images.pixels, images.views, strict=True)]
         for hook in hooks:
             hook.remove()
         count = len(layers)
-        return [torch.cat(found[i::count]) for i in range(count)], last
+        return [torch.cat([out[0] for out in found[i::count]]) for i in range(count)], torch.cat(last)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """`[I, tokens, hidden]`: of patches, where the recipe takes them."""
-        layers, last = self.layers(pixels)
+    def features(self, images: Images) -> Tensor:
+        """`[tokens, hidden]`: of patches, where the recipe takes them."""
+        layers, last = self.layers(images)
         states = last if self.arch.final_norm else layers[self.arch.encoder_layers - 1]
-        return states[:, self.arch.encoder.places - self.arch.encoder.tokens :]
+        return patches_of(states, self.arch.encoder)
 
     def named(self, tensors: Mapping[str, Tensor], part: str) -> Tensor:
         """Of the model's `tensors`, by the model's own names, the one that a table calls `part`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pivot_megatron.runtime  # noqa: F401  (before megatron.core)
 from pivot_megatron.config.schema import (
+    AnyRes,
     Batch,
     Component,
     Data,
@@ -38,30 +39,31 @@ from pivot_megatron.convert.load import (
     load_component,
     parameters_by_global_name,
 )
-from pivot_megatron.convert.plan import COMPONENTS, part_shapes, rows_by_parameter
-from pivot_megatron.convert.start import describe_start
+from pivot_megatron.convert.plan import COMPONENTS, Slice, component_rows, part_shapes, rows_by_parameter
+from pivot_megatron.convert.start import describe_start, start_weights
 from pivot_megatron.convert.store import describe, load_weights, save_weights
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.packing import pack
-from pivot_megatron.data.tokens import Tokenized
+from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.model import vocabulary
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.runtime.device import Platform, current_platform
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
 from pivot_megatron.train.step import forward_logprobs, observed, train_step
+from tests.parity.images import Images, patches_of
 
 NOTHING_AGAIN = Recompute()
 
 
-def architecture(encoder: Path, head: Path) -> Architecture:
-    return describe_start(Model(encoder=Encoder(hf=encoder), llm=Component(hf=head))).architecture()
+def architecture(encoder: Path, head: Path, anyres: AnyRes | None = None) -> Architecture:
+    return describe_start(Model(encoder=Encoder(hf=encoder), llm=Component(hf=head), anyres=anyres)).architecture()
 
 
 def loaded_model(
-    layout: Layout, encoder: Path, head: Path, recompute: Recompute = NOTHING_AGAIN
+    layout: Layout, encoder: Path, head: Path, recompute: Recompute = NOTHING_AGAIN, anyres: AnyRes | None = None
 ) -> VisionLanguageModel:
-    arch = architecture(encoder, head)
+    arch = architecture(encoder, head, anyres)
     model = build_model(arch, layout, Precision("fp32"), recompute)
     load_component(model, "encoder", hf_source(arch, "encoder", encoder))
     load_component(model, "llm", hf_source(arch, "llm", head))
@@ -69,14 +71,19 @@ def loaded_model(
     return model
 
 
-def packed(arch: Architecture, samples: Sequence[Tokenized], pixels: Tensor, multiple: int = 4) -> PackedBatch:
-    return pack(list(samples), list(pixels), 2, arch.encoder.image_size, multiple)
+def packed(samples: Sequence[Tokenized], pixels: Tensor, multiple: int = 4) -> PackedBatch:
+    return pack(list(samples), one_by_one(pixels), 2, multiple)
+
+
+def one_by_one(pixels: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Squares `[I, 3, S, S]` as `pack` takes images; those that are apart stay so."""
+    return [pixels[i : i + 1] for i in range(len(pixels))] if isinstance(pixels, Tensor) else pixels
 
 
 def forward(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized], pixels: Tensor) -> dict[str, Tensor]:
     """What this rank sees of a forward pass: encoder layers on the first stage, log-probs and logits on the last."""
     model = loaded_model(layout, encoder, head)
-    batch = packed(model.arch, samples, pixels)
+    batch = packed(samples, pixels)
     seen: dict[str, Tensor] = {}
     if model.pre_process:
         _watch_encoder(model, layout, seen)
@@ -102,23 +109,23 @@ def forward(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized],
     return seen
 
 
-def encoder_pass(layout: Layout, encoder: Path, head: Path, pixels: Tensor, towards: Tensor | None) -> dict[str, Any]:
-    """Where the encoder stands: its layers' outputs `[I, places, hidden]` and features `[I, tokens, hidden]`; with `towards`,
-    of the features' shape, the gradients of their product and the weights, as Hugging Face tensors."""
+def encoder_pass(layout: Layout, encoder: Path, head: Path, images: Images, towards: Tensor | None) -> dict[str, Any]:
+    """Where the encoder stands: its layers' outputs `[places, hidden]` and features `[tokens, hidden]`, image after image; with
+    `towards`, of the features' shape, the gradients of their product and the weights, as Hugging Face tensors."""
     model = loaded_model(layout, encoder, head)
     arch = model.arch.encoder
-    if not model.pre_process:
-        return {}
+    if not model.pre_process:  # gathering is collective
+        return {} if towards is None else {"weights": hf_tensors(model), "gradients": hf_tensors(model)}
     seen: dict[str, Tensor] = {}
     _watch_encoder(model, layout, seen)
     model.encoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("features", out))
-    model.encoder(pixels)
-    images, length = pixels.shape[0], pixels.shape[0] * arch.places
-    layers = [seen[f"encoder.{i}"][:length].view(images, arch.places, -1) for i in range(model.arch.encoder_layers)]
+    model.encoder(torch.cat(images.pixels), [grid for view in images.views for grid in view.grids])
+    length = images.places(arch)
+    layers = [seen[f"encoder.{i}"][:length, 0] for i in range(model.arch.encoder_layers)]
     whole = seen["features"]
     if layout.sequence_parallel:
         whole = gather_from_sequence_parallel_region(whole, tensor_parallel_output_grad=False)
-    features = whole[:length].view(images, arch.places, -1)[:, arch.places - arch.tokens :]
+    features = patches_of(whole[:length, 0], arch)
     if towards is None:
         return {"layers": layers, "features": features.detach()}
     (features * towards).sum().backward()
@@ -212,13 +219,14 @@ def train_steps(
     recompute: Recompute = NOTHING_AGAIN,
     tile_bytes: int | None = None,
     cached: bool = False,
+    anyres: AnyRes | None = None,
 ) -> dict[str, Any]:
     """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors.
 
     `tile_bytes`: how much of the logits may stand at once. `cached`: the reference's log-probs come with the batches.
     """
     with unittest.mock.patch.object(vocabulary, "current_platform", lambda: in_tiles(tile_bytes)):
-        return _train_steps(layout, encoder, head, shares, objective, steps, rules, recompute, cached)
+        return _train_steps(layout, encoder, head, shares, objective, steps, rules, recompute, cached, anyres)
 
 
 def in_tiles(tile_bytes: int | None) -> Platform:
@@ -236,17 +244,19 @@ def _train_steps(
     rules: tuple[ParameterRule, ...],
     recompute: Recompute,
     cached: bool,
+    anyres: AnyRes | None,
 ) -> dict[str, Any]:
     config = run_config(layout, encoder, head, objective, rules)
-    model = loaded_model(layout, encoder, head, recompute)
+    model = loaded_model(layout, encoder, head, recompute, anyres)
     judge = build_objective(objective)
-    reference = loaded_model(layout, encoder, head).eval().requires_grad_(False) if judge.needs_reference else None
+    reference = None
+    if judge.needs_reference:
+        reference = loaded_model(layout, encoder, head, anyres=anyres).eval().requires_grad_(False)
     apply_rules(model, config.parameters)
     wrapped = wrap(model, layout)
     optimization = build_optimization(wrapped, config, steps=10)
     own = shares[parallel_state.get_data_parallel_rank()]
-    size = model.arch.encoder.image_size
-    batches = [pack(samples, list(pixels), judge.branches, size, 4, *index) for samples, pixels, *index in own]
+    batches = [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own]
     if cached:
         assert reference is not None
         known = forward_logprobs(reference, batches)
@@ -289,15 +299,94 @@ def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool =
     return hf_tensors(model)
 
 
-def save_checkpoint(layout: Layout, encoder: Path, head: Path, out: Path) -> None:
-    start = Model(encoder=Encoder(hf=encoder), llm=Component(hf=head))
-    save_weights(loaded_model(layout, encoder, head), out, describe_start(start))
+def differing_from(layout: Layout, encoder: Path, head: Path, component: str) -> list[str]:
+    """Tensors of `component` that come out of a model just loaded as other than the folder's."""
+    return _differing(loaded_model(layout, encoder, head), component, {"encoder": encoder, "llm": head}[component])
+
+
+def _differing(model: VisionLanguageModel, component: str, folder: Path) -> list[str]:
+    source, found = hf_source(model.arch, component, folder), hf_tensors(model)
+    parts = [part for row in component_rows(model.arch, component) for part in row.hf]
+    return [part for part in parts if not torch.equal(found[part], source.read(part, Slice()))]
+
+
+def logprob_gradients(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized]) -> dict[str, Tensor]:
+    """Of the sum of all answers' log-probs, in one process."""
+    model = loaded_model(layout, encoder, head)
+    model(pack(samples, [], 2, multiple=4)).sum().backward()
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return hf_tensors(model)
+
+
+def one_step(layout: Layout, encoder: Path, head: Path, shares: Shares, objective: Dpo) -> dict[str, Any]:
+    """Loss and gradient norm of an optimizer step, and encoder's and head's tensors that it left as they were."""
+    config = run_config(layout, encoder, head, objective)
+    model, judge = loaded_model(layout, encoder, head), build_objective(objective)
+    wrapped = wrap(model, layout)
+    optimization = build_optimization(wrapped, config, steps=10)
+    own = shares[parallel_state.get_data_parallel_rank()]
+    batches = [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own]
+    known = forward_logprobs(model, batches)  # the model before its first step is its own reference
+    batches = [replace(batch, reference=logps) for batch, logps in zip(batches, known, strict=True)]
+    result = train_step(wrapped, optimization, judge, batches, None)
+    unmoved = _unmoved(model, {"encoder": encoder, "llm": head})
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "unmoved": unmoved}
+
+
+def _unmoved(model: VisionLanguageModel, folders: dict[str, Path]) -> list[str]:
+    """But for a key's bias, which adds the same to every score: its true gradient is zero."""
+    names = []
+    for component, folder in folders.items():
+        moved = set(_differing(model, component, folder))
+        for row in component_rows(model.arch, component):
+            bias = row.megatron.endswith("linear_qkv.bias")
+            names += [part for n, part in enumerate(row.hf) if part not in moved and not (bias and n == 1)]
+    return names
+
+
+def save_checkpoint(layout: Layout, encoder: Path, head: Path, out: Path, anyres: AnyRes | None = None) -> None:
+    start = Model(encoder=Encoder(hf=encoder), llm=Component(hf=head), anyres=anyres)
+    save_weights(loaded_model(layout, encoder, head, anyres=anyres), out, describe_start(start))
+
+
+def checkpoint_logprobs(layout: Layout, checkpoint: Path, batches: list[PackedBatch]) -> list[Tensor] | None:
+    """Of each batch's targets, on the last stage."""
+    model = build_model(describe(checkpoint).architecture(), layout, Precision("fp32"), NOTHING_AGAIN)
+    for component in COMPONENTS:
+        load_weights(model, checkpoint, component)
+    found = forward_logprobs(model.eval(), batches)
+    return [one for one in found if one is not None] or None
 
 
 def loaded_checkpoint(layout: Layout, checkpoint: Path) -> dict[str, Tensor]:
     model = build_model(describe(checkpoint).architecture(), layout, Precision("fp32"), NOTHING_AGAIN)
     for component in COMPONENTS:
         load_weights(model, checkpoint, component)
+    return hf_tensors(model)
+
+
+def greedy(layout: Layout, checkpoint: Path, sample: Tokenized, pixels: list[Tensor], count: int) -> list[int]:
+    """The likeliest next token after the sample's prefix, `count` times over."""
+    model = build_model(describe(checkpoint).architecture(), layout, Precision("fp32"), NOTHING_AGAIN)
+    for component in COMPONENTS:
+        load_weights(model, checkpoint, component)
+    vocabulary, answer = model.arch.head.vocabulary, []
+    for _ in range(count):
+        branch = Branch((*answer, 0), (*[False] * len(answer), True))
+        batch = pack([replace(sample, branches=(branch,))], pixels, branches_per_sample=1, multiple=4)
+        # Every word as the target of the one token that predicts.
+        every = replace(batch, predictors=batch.predictors.expand(vocabulary), targets=torch.arange(vocabulary))
+        (logprobs,) = forward_logprobs(model.eval(), [every])
+        assert logprobs is not None
+        answer.append(int(logprobs.argmax()))
+    return answer
+
+
+def started(layout: Layout, start: Model) -> dict[str, Tensor]:
+    """The weights that a run begins with."""
+    model = build_model(describe_start(start).architecture(), layout, Precision("fp32"), NOTHING_AGAIN)
+    start_weights(model, start, seed=5)
     return hf_tensors(model)
 
 

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.tokens import Branch, Tokenized
+from pivot_megatron.data.views import View
 
 IMAGE_SIZE = 32
 ENCODER = {"image_size": IMAGE_SIZE, "patch_size": 8, "hidden_size": 96, "layers": 4, "heads": 4, "ffn": 176}
+SQUARE = View.of_patches(4, 4)
 HEAD = {"hidden_size": 64, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 128}
 CORPUS = [
     "what colour is the circle",
@@ -45,9 +47,10 @@ def make_checkpoints(folder: Path, tied: bool = True) -> tuple[Path, Path]:
 
 
 def make_pairs(
-    count: int, seed: int, image_tokens: int, vocabulary: int, text_only: Sequence[int] = ()
+    count: int, seed: int, vocabulary: int, text_only: Sequence[int] = (), views: Sequence[View] = ()
 ) -> list[Tokenized]:
-    """Random pairs of uneven lengths; those whose index is in `text_only` have no image."""
+    """Random pairs of uneven lengths; those whose index is in `text_only` have no image. `views`: of each pair's image, if they
+    are not squares of 16 patches."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -57,10 +60,10 @@ def make_pairs(
     pairs = []
     for n in range(count):
         before, after = ids(1, 5), ids(1, 7)
-        has_image = n not in text_only
-        prefix = (*before, *[0] * (image_tokens if has_image else 0), *after)
+        seen = () if n in text_only else (views[n] if views else SQUARE,)
+        prefix = (*before, *[0] * sum(view.tokens for view in seen), *after)
         branches = tuple(Branch(answer, (True,) * len(answer)) for answer in (ids(1, 9), ids(1, 9)))
-        pairs.append(Tokenized(f"pair-{n}", prefix, branches, (len(before),) if has_image else (), image_tokens))
+        pairs.append(Tokenized(f"pair-{n}", prefix, branches, (len(before),) if seen else (), seen))
     return pairs
 
 
@@ -98,13 +101,13 @@ class Reference(torch.nn.Module):
         prefix, branch = len(sample.prefix), sample.branches[index]
         start = prefix + sum(len(b.ids) for b in sample.branches[:index])
         embeddings = self.llm.get_input_embeddings()(torch.tensor([sample.prefix + branch.ids]))
-        for at, pixels in zip(sample.images, images, strict=True):
+        for at, view, pixels in zip(sample.images, sample.views, images, strict=True):
             if at >= prefix:
                 if not start <= at < start + len(branch.ids):
                     continue  # the other branch's
                 at = prefix + at - start
             features = self.image_features(pixels[None])
-            embeddings = torch.cat([embeddings[:, :at], features, embeddings[:, at + sample.image_tokens :]], dim=1)
+            embeddings = torch.cat([embeddings[:, :at], features, embeddings[:, at + view.tokens :]], dim=1)
         logits: Tensor = self.llm(inputs_embeds=embeddings).logits[0]
         return logits[prefix - 1 : -1] if prefix else torch.cat([logits[:1] * 0, logits[:-1]])
 

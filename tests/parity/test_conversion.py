@@ -41,7 +41,7 @@ def stored(encoder: Path, head: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(past)}
 
 
-@matrix.layouts(*LAYOUTS)
+@matrix.layouts(*LAYOUTS, matrix.TP4, slow=(matrix.TP4_PP2,))
 def test_round_trip_is_bit_exact(layout, world, workers: Workers, checkpoints) -> None:
     wanted = stored(*checkpoints)
     for found in workers.run(jobs.round_trip, layout, world, *checkpoints):
@@ -51,7 +51,7 @@ def test_round_trip_is_bit_exact(layout, world, workers: Workers, checkpoints) -
             assert torch.equal(hub[name].to(tensor.dtype), tensor), name
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP4)
 def test_table_covers_the_model_and_its_tp_axes(layout, world, workers: Workers, checkpoints) -> None:
     """Both ways: no parameter without a row, no row without a parameter; the split is megatron-core's own."""
     for rows, parameters in workers.run(jobs.table_and_model, layout, world, *checkpoints):
@@ -86,7 +86,7 @@ def test_shards_join_to_the_parts(size: int) -> None:
     """Slicing every part, fusing, unfusing and joining is the identity; fusing first and cutting afterwards is not."""
     query, key, value = torch.randn(32, 6), torch.randn(16, 6), torch.randn(16, 6)
     cases = [
-        (FuseQKV(heads_per_group=2, head_dim=4), [query, key, value]),
+        (FuseQKV(groups=4, heads_per_group=2, head_dim=4), [query, key, value]),
         (FuseGatedMLP(), [torch.randn(8, 6), torch.randn(8, 6)]),
     ]
     for transform, parts in cases:

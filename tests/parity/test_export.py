@@ -24,12 +24,20 @@ from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.convert.verify import verify_checkpoint
+from pivot_megatron.data.build import load_tokenizer
+from pivot_megatron.data.chat import qwen_1_5
+from pivot_megatron.data.images import decode_rgb
+from pivot_megatron.data.sample import Pair
+from pivot_megatron.data.tokens import SampleTokenizer
 from pivot_megatron.errors import UserError
+from pivot_megatron.recipe.answers import ExportedModel
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
 from tests.parity.encoders import MAKERS, Library, make
-from tests.parity.reference import make_checkpoints, make_pixels, relative_difference
+from tests.parity.images import make_images
+from tests.parity.reference import make_checkpoints, relative_difference
+from tests.unit.test_views import noise
 
 LAYOUTS = (matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2)
 
@@ -88,9 +96,9 @@ def test_an_import_loads_at_any_layout_and_verifies(
 def test_every_family_goes_back_to_its_own_library(family: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint = imported(tmp_path, family, folders[1])
     arch = describe(checkpoint).architecture()
-    pixels = make_pixels(2, seed=3)
+    images = make_images(arch.encoder, 2, seed=3)
     with torch.no_grad():
-        features = Library(arch, family).features(pixels)
+        features = Library(arch, family).features(images)
     export_checkpoint(checkpoint, "encoder", tmp_path / "drop", "drop", None)
     export_checkpoint(checkpoint, "encoder", tmp_path / "whole", "original", family)
     assert verify_checkpoint(checkpoint, family, None).passed
@@ -105,8 +113,8 @@ def test_every_family_goes_back_to_its_own_library(family: Path, folders: tuple[
     dropped = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "drop")
     whole = Library(arch, tmp_path / "whole")
     with torch.no_grad():
-        assert torch.equal(dropped.features(pixels), features)
-        assert torch.equal(whole.features(pixels), features)
+        assert torch.equal(dropped.features(images), features)
+        assert torch.equal(whole.features(images), features)
     before = Library(arch, family).model.state_dict()
     assert all(torch.equal(whole.model.state_dict()[name], tensor) for name, tensor in before.items())
 
@@ -119,7 +127,7 @@ def test_another_resolution_is_what_transformers_interpolates(
     checkpoint = imported(tmp_path, folder, folders[1], image_size=48)
     arch = describe(checkpoint).architecture()
     assert (arch.encoder.image_size, arch.encoder.tokens) == (48, 36)
-    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(4))
+    images = make_images(arch.encoder, 1, seed=4)
     export_checkpoint(checkpoint, "encoder", tmp_path / "export", "drop", None)
     assert json.loads((tmp_path / "export" / "config.json").read_text())["image_size"] == 48
     assert json.loads((tmp_path / "export" / "preprocessor_config.json").read_text())["size"] == {
@@ -128,8 +136,8 @@ def test_another_resolution_is_what_transformers_interpolates(
     }
     shorter = replace(arch.encoder, layers=arch.encoder_layers)
     with torch.no_grad():
-        wanted = Library(arch, folder).features(pixels)  # positions interpolated at each call
-        found = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "export").features(pixels)
+        wanted = Library(arch, folder).features(images)  # positions interpolated at each call
+        found = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "export").features(images)
     assert relative_difference(found, wanted) <= 1e-6
     assert verify_checkpoint(checkpoint, folder, None).passed
 
@@ -147,6 +155,26 @@ def test_an_assembled_model_and_back(name: str, folders: tuple[Path, Path], tmp_
             shutil.copyfile(file, tmp_path / "saved" / file.name)
     import_assembled(tmp_path / "saved", tmp_path / "third", None)
     assert same_parameters(checkpoint, tmp_path / "third")
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_greedy_answers_are_transformers_own(
+    name: str, folders: tuple[Path, Path], workers: Workers, tmp_path: Path
+) -> None:
+    checkpoint = imported(tmp_path, make(name, tmp_path / "encoder"), folders[1])
+    export_checkpoint(checkpoint, "mllm", tmp_path / "llava", "drop", None)
+    description = describe(checkpoint)
+    views, pair = description.image_views(), Pair("k", noise(50, 40), "what colour is it", "red", "blue", {})
+    sample = SampleTokenizer(load_tokenizer(description.llm), qwen_1_5, views.fixed, 2048, 2, "drop")(pair)
+    exported = ExportedModel(tmp_path / "llava")
+    prompt = exported.prompt(pair.question)
+    inputs = exported.processor(images=decode_rgb(noise(50, 40)), text=prompt, return_tensors="pt")
+    pixels = views.pixels(noise(50, 40), "pil")
+    with torch.no_grad():
+        whole = exported.model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)[0]
+    wanted = whole[inputs["input_ids"].shape[1] :].tolist()
+    for _, layout, world in (matrix.SINGLE, matrix.TP2):
+        assert workers.run(jobs.greedy, layout, world, checkpoint, sample, [pixels], 12) == [wanted] * world
 
 
 def test_features_past_a_final_norm_are_no_llava(folders: tuple[Path, Path], tmp_path: Path) -> None:

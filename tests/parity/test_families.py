@@ -15,7 +15,8 @@ from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
 from tests.parity.encoders import MAKERS, Library, make
-from tests.parity.reference import make_checkpoints, make_pairs, make_pixels, relative_difference
+from tests.parity.images import make_images
+from tests.parity.reference import make_checkpoints, make_pairs, relative_difference
 
 TOLERANCE = 1e-5
 GRADIENTS = 1e-4
@@ -32,15 +33,15 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return make(request.param, tmp_path_factory.mktemp("encoder") / request.param)
 
 
-@matrix.layouts(*LAYOUTS)
+@matrix.layouts(*LAYOUTS, slow=(matrix.TP4, matrix.TP4_PP2))
 def test_each_layer_and_the_features(layout, world, workers: Workers, encoder: Path, head: Path) -> None:
     arch = jobs.architecture(encoder, head)
     library = Library(arch, encoder)
-    pixels = make_pixels(2, seed=8)
+    images = make_images(arch.encoder, 2, seed=8)
     with torch.no_grad():
-        layers, _ = library.layers(pixels)
-        features = library.features(pixels)
-    seen = [r for r in workers.run(jobs.encoder_pass, layout, world, encoder, head, pixels, None) if r]
+        layers, _ = library.layers(images)
+        features = library.features(images)
+    seen = [r for r in workers.run(jobs.encoder_pass, layout, world, encoder, head, images, None) if r]
     assert len(seen) == layout.tensor
     for found in seen:
         assert len(found["layers"]) == arch.encoder_layers
@@ -49,17 +50,18 @@ def test_each_layer_and_the_features(layout, world, workers: Workers, encoder: P
         assert relative_difference(found["features"], features) <= TOLERANCE
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, slow=(matrix.PP2, matrix.TP2_PP2, matrix.TP4, matrix.TP4_PP2))
 def test_gradients_and_the_round_trip(layout, world, workers: Workers, encoder: Path, head: Path) -> None:
     arch = jobs.architecture(encoder, head)
     library = Library(arch, encoder)
-    pixels = make_pixels(2, seed=8)
-    towards = torch.randn(2, arch.encoder.tokens, arch.encoder.hidden, generator=torch.Generator().manual_seed(9))
-    (library.features(pixels) * towards).sum().backward()
+    images = make_images(arch.encoder, 2, seed=8)
+    tokens = sum(view.tokens for view in images.views)
+    towards = torch.randn(tokens, arch.encoder.hidden, generator=torch.Generator().manual_seed(9))
+    (library.features(images) * towards).sum().backward()
     stored = {n: p.detach() for n, p in library.model.named_parameters()}
     wanted = {n: p.grad for n, p in library.model.named_parameters() if p.grad is not None}
     largest = max(float(g.abs().max()) for g in wanted.values())
-    for found in workers.run(jobs.encoder_pass, layout, world, encoder, head, pixels, towards):
+    for found in workers.run(jobs.encoder_pass, layout, world, encoder, head, images, towards):
         for row in component_rows(arch, "encoder"):
             for part in row.hf:
                 assert torch.equal(found["weights"][part], library.named(stored, part)), part
@@ -73,8 +75,9 @@ def test_gradients_and_the_round_trip(layout, world, workers: Workers, encoder: 
 def test_a_dpo_step(layout, world, workers: Workers, encoder: Path, head: Path) -> None:
     """Fixed positions stay where they are, all else moves; every rank agrees on the loss, which begins at log 2."""
     arch = jobs.architecture(encoder, head)
-    pairs = make_pairs(2, seed=3, image_tokens=arch.encoder.tokens, vocabulary=200)
-    shares: jobs.Shares = [[(pairs, make_pixels(2, seed=4))]]
+    images = make_images(arch.encoder, 2, seed=4)
+    pairs = make_pairs(2, seed=3, vocabulary=200, views=images.views)
+    shares: jobs.Shares = [[(pairs, images.pixels)]]
     results = workers.run(jobs.train_steps, layout, world, encoder, head, shares, Dpo(beta=0.3), 1)
     library = Library(arch, encoder)
     stored = {n: p.detach() for n, p in library.model.named_parameters()}

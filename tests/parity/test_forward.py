@@ -46,7 +46,7 @@ def projector_parts(encoder: Path, head: Path) -> dict[str, torch.Tensor]:
 @matrix.layouts(*matrix.FORWARD)
 def test_forward_equals_transformers(layout, world, workers: Workers, checkpoints: tuple[Path, Path]) -> None:
     encoder, head = checkpoints
-    samples = make_pairs(4, seed=7, image_tokens=16, vocabulary=200, text_only=(2,))
+    samples = make_pairs(4, seed=7, vocabulary=200, text_only=(2,))
     pixels = make_pixels(3, seed=8)
     reference = Reference(encoder, head, projector_parts(encoder, head)).eval()
     with torch.no_grad():

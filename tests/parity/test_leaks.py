@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
+from pivot_megatron.data.views import View
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
@@ -35,7 +36,7 @@ def by_branch(samples: list[Tokenized], logprobs: Tensor) -> list[list[Tensor]]:
 @pytest.mark.parametrize("changed", [0, 1], ids=["chosen", "rejected"])
 @matrix.layouts(matrix.SINGLE, matrix.TP2)
 def test_one_answer_does_not_see_the_other(changed, layout, world, workers: Workers, checkpoints) -> None:
-    samples, pixels = make_pairs(3, seed=21, image_tokens=16, vocabulary=200), make_pixels(3, seed=22)
+    samples, pixels = make_pairs(3, seed=21, vocabulary=200), make_pixels(3, seed=22)
     pair = samples[1]
     branches = tuple(other_tokens(b) if i == changed else b for i, b in enumerate(pair.branches))
     altered = [samples[0], replace(pair, branches=branches), samples[2]]
@@ -53,7 +54,7 @@ def test_one_answer_does_not_see_the_other(changed, layout, world, workers: Work
 
 @matrix.layouts(matrix.SINGLE)
 def test_one_image_does_not_see_another(layout, world, workers: Workers, checkpoints) -> None:
-    samples, pixels = make_pairs(2, seed=23, image_tokens=16, vocabulary=200), make_pixels(2, seed=24)
+    samples, pixels = make_pairs(2, seed=23, vocabulary=200), make_pixels(2, seed=24)
     changed = pixels.clone()
     changed[1] = pixels[1].flip(-1)
     before = by_branch(samples, workers.run(jobs.forward, layout, world, *checkpoints, samples, pixels)[0]["logprobs"])
@@ -65,10 +66,14 @@ def test_one_image_does_not_see_another(layout, world, workers: Workers, checkpo
 def test_pack_layout() -> None:
     """Positions of both branches go on from the prefix, and a branch's first token is predicted from the prefix's last."""
     pair = Tokenized(
-        "a", (5, 0, 0, 6), (Branch((7, 8), (True, True)), Branch((9,), (True,))), images=(1,), image_tokens=2
+        "a",
+        (5, 0, 0, 6),
+        (Branch((7, 8), (True, True)), Branch((9,), (True,))),
+        images=(1,),
+        views=(View.of_patches(1, 2),),
     )
-    text = Tokenized("b", (1,), (Branch((2, 3), (False, True)), Branch((4,), (True,))), images=(), image_tokens=0)
-    batch = pack([pair, text], [torch.ones(3, 4, 4)], branches_per_sample=2, image_size=4, multiple=8)
+    text = Tokenized("b", (1,), (Branch((2, 3), (False, True)), Branch((4,), (True,))), images=(), views=())
+    batch = pack([pair, text], [torch.ones(1, 3, 4, 4)], branches_per_sample=2, multiple=8)
     assert batch.tokens.tolist() == [5, 0, 0, 6, 7, 8, 9, 1, 2, 3, 4, 0, 0, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 0, 1, 2, 1, 0, 0, 0, 0, 0]
     assert batch.image_positions.tolist() == [1, 2]
@@ -83,7 +88,7 @@ def test_pack_layout() -> None:
 
 
 def test_empty_pack_is_padding() -> None:
-    batch = pack([], [], branches_per_sample=2, image_size=4, multiple=8)
+    batch = pack([], [], branches_per_sample=2, multiple=8)
     assert (
         batch.tokens.shape == (8,) and batch.targets.numel() == 0 and batch.samples == 0 and batch.pixels.shape[0] == 0
     )

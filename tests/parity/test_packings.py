@@ -16,10 +16,9 @@ from pivot_megatron.data.tokens import Branch, Tokenized
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
-from tests.parity.reference import make_checkpoints, make_pixels
+from tests.parity.reference import SQUARE, make_checkpoints, make_pixels
 from tests.parity.test_training import TOLERANCE, reference_training, worst
 
-IMAGE_TOKENS = 16
 # Logits of some 40 tokens over 300 words, a few dozen words at a time.
 TILE_BYTES = 4096
 OBJECTIVE = Dpo(beta=0.3, losses={"sigmoid": 1.0, "sft": 0.2})
@@ -59,18 +58,21 @@ class Drawn:
 
     def _pair(self, n: int) -> tuple[Tokenized, list[int]]:
         kind = self._random.choice(["text", "image", "shared", "images"])
-        before, after, placeholder = self._ids(1, 4), self._ids(1, 6), (0,) * IMAGE_TOKENS
+        before, after, placeholder = self._ids(1, 4), self._ids(1, 6), (0,) * SQUARE.tokens
         answers = [self._ids(1, 8), self._ids(1, 8)]
         if kind == "images":
             lead = (*placeholder, *after)
             branches = tuple(Branch((*lead, *a), (False,) * len(lead) + (True,) * len(a)) for a in answers)
             places = (len(before), len(before) + len(branches[0].ids))
-            return Tokenized(f"{n}", before, branches, places, IMAGE_TOKENS), [self._image(False), self._image(True)]
+            return Tokenized(f"{n}", before, branches, places, (SQUARE, SQUARE)), [
+                self._image(False),
+                self._image(True),
+            ]
         branches = tuple(Branch(a, (True,) * len(a)) for a in answers)
         if kind == "text":
-            return Tokenized(f"{n}", (*before, *after), branches, (), IMAGE_TOKENS), []
+            return Tokenized(f"{n}", (*before, *after), branches, (), ()), []
         prefix = (*before, *placeholder, *after)
-        return Tokenized(f"{n}", prefix, branches, (len(before),), IMAGE_TOKENS), [self._image(kind == "shared")]
+        return Tokenized(f"{n}", prefix, branches, (len(before),), (SQUARE,)), [self._image(kind == "shared")]
 
     def _micro_batch(self, chosen: list[tuple[Tokenized, list[int]]]) -> tuple[list[Tokenized], Tensor, list[int]]:
         shown = [i for _, images in chosen for i in images]

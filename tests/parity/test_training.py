@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def the_pairs() -> tuple[list[Tokenized], Tensor]:
-    return make_pairs(6, seed=11, image_tokens=16, vocabulary=200, text_only=(4, 5)), make_pixels(4, seed=12)
+    return make_pairs(6, seed=11, vocabulary=200, text_only=(4, 5)), make_pixels(4, seed=12)
 
 
 def micro_batches() -> list[tuple[list[Tokenized], Tensor]]:
@@ -207,7 +207,7 @@ def test_losses_of_pairs_equal_plain_torch(name, layout, world, workers: Workers
 
 
 def one_branch(pair: Tokenized) -> Tokenized:
-    return Tokenized(pair.key, pair.prefix, pair.branches[:1], pair.images, pair.image_tokens)
+    return Tokenized(pair.key, pair.prefix, pair.branches[:1], pair.images, pair.views)
 
 
 STAGES = {

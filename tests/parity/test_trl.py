@@ -97,9 +97,10 @@ def test_trl_sees_our_tokens_and_pixels(python: Path, world: World, tmp_path: Pa
 def our_loader(world: World, objective: Setting, folder: Path) -> Loader:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(pivot_config(world, objective, folder / "run")))
-    arch = describe(world.checkpoint).architecture()
+    description = describe(world.checkpoint)
+    arch, images = description.architecture(), description.image_views()
     options = {"branches": 2, "rank": 0, "size": 1, "with_images": True}
-    return build_loader(load_config(path), world.encoder, world.llm, None, arch.encoder, arch.head, **options)
+    return build_loader(load_config(path), world.llm, images, arch.encoder, arch.head, **options)
 
 
 def separate_sequences(batch: PackedBatch, image_token: int) -> tuple[list[torch.Tensor], list[list[int]]]:

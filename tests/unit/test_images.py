@@ -113,7 +113,7 @@ def test_torch_is_within_two_levels_of_pil(tmp_path: Path, resample: int) -> Non
 
 
 def test_broken_bytes() -> None:
-    transform = ImageTransform(48, 3, 1 / 255, None, None)
+    transform = ImageTransform(3, 1 / 255, None, None, 48)
     good = encoded(Image.fromarray(noise(64, 64)), "JPEG")
     not_listed = encoded(Image.fromarray(noise(64, 64)), "PPM")
     for bad in (b"", b"not an image", good[: len(good) // 2], not_listed):
@@ -131,7 +131,7 @@ def test_decompression_bomb_is_refused_before_decoding(edge: int) -> None:
     header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.raises(ImageError, match="pixels"):
-        ImageTransform(48, 3, 1 / 255, None, None)(bomb)
+        ImageTransform(3, 1 / 255, None, None, 48)(bomb)
 
 
 def test_a_square_cut_from_the_middle_becomes_a_resize_to_it(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_square_cut_from_the_middle_becomes_a_resize_to_it(tmp_path: Path) -> 
     said = {"input_size": [3, 48, 48], "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
     (timm / "config.json").write_text(json.dumps({"pretrained_cfg": said}))
     found = [ImageTransform.from_processor_folder(folder) for folder in (cut, square, timm)]
-    assert found[0] == found[1] == found[2] == ImageTransform(48, 3, 1 / 255, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert found[0] == found[1] == found[2] == ImageTransform(3, 1 / 255, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 48)
     assert ImageTransform.from_processor_folder(cut, 32).image_size == 32
 
 

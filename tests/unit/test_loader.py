@@ -37,9 +37,9 @@ def loader(
     tree["data"] |= {"shards": [str(shards or data / "pairs")], **data_keys}
     config = load_config(write_config(data / "loader.yaml", tree))
     start = describe_start(config.model)
-    arch, folders = start.architecture(), (data / "encoder", data / "llm")
+    arch = start.architecture()
     return build_loader(
-        config, *folders, start.image_size, arch.encoder, arch.head, 2, rank, size, with_images=with_images
+        config, data / "llm", start.image_views(), arch.encoder, arch.head, 2, rank, size, with_images=with_images
     )
 
 
@@ -58,7 +58,7 @@ def test_ranks_share_the_single_ranks_batch(data: Path) -> None:
 def test_a_run_at_another_resolution_has_its_pixels_and_tokens(data: Path) -> None:
     batch = loader(data, image_size=64).load(0).micro_batches[0]
     assert batch.pixels.shape[1:] == (3, 64, 64)
-    assert batch.image_positions.numel() == 16 * batch.image_index.numel()
+    assert {view.tokens for view in batch.views} == {16}
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -149,7 +149,8 @@ def test_samples_over_one_image_share_it(data: Path, tmp_path: Path) -> None:
     )
     assert batch.samples == 4 and batch.pixels.shape[0] == 2 and batch.image_positions.numel() == 4 * TOKENS
     shown = dict.fromkeys("abcd", ())
-    places = iter(batch.image_index.tolist())
+    assert batch.image_rows.view(4, TOKENS).diff().eq(1).all()
+    places = iter(batch.image_rows[::TOKENS].tolist())
     for key in batch.keys:
         shown[key] = tuple(next(places) for _ in range({"c": 2, "d": 0}.get(key, 1)))
     assert shown["a"] == shown["b"] == shown["c"][1:] and shown["c"][0] != shown["c"][1] and shown["d"] == ()

@@ -20,6 +20,7 @@ from pivot_megatron.data.reference import (
     write_rows,
 )
 from pivot_megatron.data.tokens import Branch, Tokenized
+from pivot_megatron.data.views import View
 from pivot_megatron.errors import RunError, UserError
 
 FACTS = Facts({"encoder": "e1", "llm": "l1"}, {"shards": "s1", "template": "plain"})
@@ -27,7 +28,7 @@ FACTS = Facts({"encoder": "e1", "llm": "l1"}, {"shards": "s1", "template": "plai
 
 def sample(key: str, first: int) -> Tokenized:
     branches = (Branch((first, 2), (True, True)), Branch((3,), (True,)))
-    return Tokenized(key, (5, 0, 0, 6), branches, (1,), 2)
+    return Tokenized(key, (5, 0, 0, 6), branches, (1,), (View.of_patches(1, 2),))
 
 
 SAMPLES = [sample("a", 7), sample("b", 8), sample("c", 9)]

@@ -10,6 +10,7 @@ from pivot_megatron.convert.tiny_checkpoints import make_tokenizer
 from pivot_megatron.data.chat import Span, from_tokenizer, plain, qwen_1_5, render
 from pivot_megatron.data.sample import BadSample, Conversation, Pair, Turn
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, template_by_name
+from pivot_megatron.data.views import View
 from pivot_megatron.errors import UserError
 
 IMAGE = b"jpeg"
@@ -33,7 +34,7 @@ def make(
     return SampleTokenizer(
         tokenizer,
         template_by_name(template, tokenizer),
-        IMAGE_TOKENS,
+        View.of_patches(1, IMAGE_TOKENS),
         length,
         branches,
         too_long,  # type: ignore[arg-type]

@@ -28,8 +28,8 @@ def _components(config: RunConfig) -> Iterator[str]:
     if (most := model.encoder.max_patches) is not None and most < 1:
         yield f"model.encoder.max_patches: must be at least 1, found {most}"
     if model.anyres is not None:
-        if not model.anyres.grids or any(n < 1 for grid in model.anyres.grids for n in grid):
-            yield f"model.anyres.grids: [rows, columns] of at least one tile each, found {list(model.anyres.grids)}"
+        if any(n < 1 for grid in model.anyres.every_grid for n in grid):
+            yield f"model.anyres.grids: [rows, columns] of at least one tile each, found {model.anyres.grids}"
         if model.anyres.max_tiles < 1:
             yield f"model.anyres.max_tiles: must be at least 1, found {model.anyres.max_tiles}"
 

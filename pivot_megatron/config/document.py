@@ -53,7 +53,7 @@ _MEANINGS: Mapping[str, str] = {
     "Encoder.image_size": "pixels a side, where it is not the checkpoint's own; position embeddings are interpolated",
     "Encoder.max_patches": "most patches an image, where an encoder keeps aspect ratios; left out, its image processor's own",
     "Model.anyres": "images as tiles at higher resolution; left out, as the projector's checkpoint has it, else squares",
-    "AnyRes.grids": "[rows, columns] of tiles that an image may be laid on; by default every grid up to [6, 6]",
+    "AnyRes.grids": "[rows, columns] of tiles that an image may be laid on; null: every grid up to [6, 6]",
     "AnyRes.max_tiles": "an image that takes more tokens than so many tiles is scaled down to them",
     "Sft.kind": "negative log-likelihood of the answer (a pair's chosen one)",
     "Dpo.kind": "preference optimisation on pairs",

@@ -79,7 +79,10 @@ def _type_name(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:
-        return f"list of {_type_name(arguments[0])}s"
+        if Ellipsis not in arguments:
+            return f"[{', '.join(map(_type_name, arguments))}]"
+        inner = _type_name(arguments[0])
+        return f"list of {inner}" if inner.startswith("[") else f"list of {inner}s"
     if origin is Mapping:
         return f"mapping of {_type_name(arguments[0])} to a {_type_name(arguments[1])}"
     return "mapping" if is_dataclass(kind) else _NAMES[kind]
@@ -91,7 +94,7 @@ def _default(field: Field[Any], has_parts: bool) -> str | None:
             return None
         # A mapping that may be left out is filled from its own keys' defaults.
         return "" if has_parts else yaml.safe_dump(field.default_factory(), default_flow_style=True).strip()
-    if has_parts:
+    if has_parts and field.default == ():
         return "[]"
     if field.default is None or isinstance(field.default, bool):
         return {None: "null", True: "true", False: "false"}[field.default]

@@ -53,12 +53,17 @@ class AnyRes(Strict):
     """Each image as one square and, laid on the grid of squares that suits its shape best, as tiles (LLaVA-OneVision): black bars
     are left out of what the language model sees, and an embedding of its own ends each row of patches.
 
-    `grids`: rows and columns of tiles that may be laid out, the first of equals winning; the default is every grid up to 6 by 6.
-    `max_tiles`: what takes more tokens than so many tiles is scaled down to them.
+    `grids`: rows and columns of tiles that may be laid out, the first of equals winning. `max_tiles`: what takes more tokens than
+    so many tiles is scaled down to them.
     """
 
-    grids: tuple[tuple[int, int], ...] = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7))
+    grids: tuple[tuple[int, int], ...] | None = None
     max_tiles: int = 9
+
+    @property
+    def every_grid(self) -> tuple[tuple[int, int], ...]:
+        """`grids`, or all up to 6 by 6."""
+        return self.grids or tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7))
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_by
         save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
         files.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is read
     if len(files) == 1:
         (folder / "0.safetensors").replace(folder / WEIGHTS)
         return

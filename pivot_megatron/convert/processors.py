@@ -26,7 +26,7 @@ def select_strategy(arch: Architecture) -> Literal["default", "full"]:
 
 def pinpoints(anyres: AnyRes, image_size: int) -> list[list[int]]:
     """Grids of tiles as transformers has them: height and width in pixels."""
-    return [[rows * image_size, columns * image_size] for rows, columns in anyres.grids]
+    return [[rows * image_size, columns * image_size] for rows, columns in anyres.every_grid]
 
 
 def aspect_ratio(anyres: AnyRes) -> str:

@@ -120,7 +120,7 @@ def describe(checkpoint: Path) -> Description:
         facts["feature_layer"],
         facts["image_size"],
         facts["max_patches"],
-        AnyRes(tuple((rows, columns) for rows, columns in tiles["grids"]), tiles["max_tiles"]) if tiles else None,
+        AnyRes(tiles["grids"] and tuple(map(tuple, tiles["grids"])), tiles["max_tiles"]) if tiles else None,
         facts["template"],
     )
 

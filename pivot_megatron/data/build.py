@@ -61,7 +61,11 @@ def image_views(
             f"{folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "
             f"{encoder.image_size}; make them agree"
         )
-    return Tiled(transform, encoder.grid, anyres.grids, anyres.max_tiles) if anyres else Square(transform, encoder.grid)
+    return (
+        Tiled(transform, encoder.grid, anyres.every_grid, anyres.max_tiles)
+        if anyres
+        else Square(transform, encoder.grid)
+    )
 
 
 def build_loader(

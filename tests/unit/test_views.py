@@ -48,7 +48,7 @@ def noise(width: int, height: int) -> bytes:
 
 
 def tiled(most_tiles: int = 3, patch: int = 8) -> Tiled:
-    grids = AnyRes().grids[:18]  # up to three rows of up to six tiles
+    grids = AnyRes().every_grid[:18]  # up to three rows of up to six tiles
     return Tiled(ImageTransform(**STEPS, mean=MEAN, std=STD, image_size=TILE), TILE // patch, grids, most_tiles)
 
 

@@ -141,7 +141,7 @@ def test_tiles_are_joined_as_in_transformers() -> None:
             assert found.shape[0] == view.tokens and torch.equal(found, wanted), (width, height, most)
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, slow=(matrix.TP2_PP2,))
 def test_logprobs_are_transformers_own(layout, world, workers: Workers, checkpoint: Path, export: Path) -> None:
     samples, pixels = ours(checkpoint)
     assert len({len(sample.views[0].grids) for sample in samples}) > 1
@@ -155,7 +155,7 @@ def test_logprobs_are_transformers_own(layout, world, workers: Workers, checkpoi
         assert relative_difference(found, wanted) <= 1e-5
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP2_PP2)
+@matrix.layouts(matrix.SINGLE, matrix.TP2_PP2, slow=(matrix.TP2,))
 def test_gradients_are_transformers_own(
     layout, world, workers: Workers, folders, checkpoint: Path, export: Path
 ) -> None:
@@ -185,7 +185,7 @@ def test_an_assembled_model_comes_back(checkpoint: Path, export: Path, tmp_path:
     assert describe(tmp_path / "again").image_views() == describe(checkpoint).image_views()
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2)
+@matrix.layouts(matrix.SINGLE, slow=(matrix.TP2,))
 def test_greedy_answers_are_transformers_own(layout, world, workers: Workers, checkpoint: Path, export: Path) -> None:
     samples, pixels = ours(checkpoint)
     theirs = Theirs(export)

@@ -41,7 +41,7 @@ def stored(encoder: Path, head: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(past)}
 
 
-@matrix.layouts(*LAYOUTS, matrix.TP4, slow=(matrix.TP4_PP2,))
+@matrix.layouts(*LAYOUTS, slow=(matrix.TP4, matrix.TP4_PP2))
 def test_round_trip_is_bit_exact(layout, world, workers: Workers, checkpoints) -> None:
     wanted = stored(*checkpoints)
     for found in workers.run(jobs.round_trip, layout, world, *checkpoints):
@@ -51,7 +51,7 @@ def test_round_trip_is_bit_exact(layout, world, workers: Workers, checkpoints) -
             assert torch.equal(hub[name].to(tensor.dtype), tensor), name
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP4)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, slow=(matrix.TP4,))
 def test_table_covers_the_model_and_its_tp_axes(layout, world, workers: Workers, checkpoints) -> None:
     """Both ways: no parameter without a row, no row without a parameter; the split is megatron-core's own."""
     for rows, parameters in workers.run(jobs.table_and_model, layout, world, *checkpoints):

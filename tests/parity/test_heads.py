@@ -42,7 +42,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return encoder, folder / "qwen3"
 
 
-@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP2_PP2, matrix.TP4)
+@matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP2_PP2, slow=(matrix.TP4,))
 def test_training_equals_transformers(layout, world, workers: Workers, folders: tuple[Path, Path]) -> None:
     wanted = reference_training(*folders, OBJECTIVE)
     results = workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVE, 2)

@@ -29,6 +29,9 @@ def hf_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
             dist.all_gather(shards, parameter.detach().contiguous(), group=group)
         for part_name, part in zip(row.hf, join(row.transform, [s.cpu() for s in shards]), strict=True):
             whole[part_name] = part.contiguous()
-    stages: list[dict[str, Tensor]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
+    count = parallel_state.get_pipeline_model_parallel_world_size()
+    if count == 1:  # sent to itself, a model would stand in memory four times over
+        return whole
+    stages: list[dict[str, Tensor]] = [{} for _ in range(count)]
     dist.all_gather_object(stages, whole, group=parallel_state.get_pipeline_model_parallel_group())
     return {name: tensor for stage in reversed(stages) for name, tensor in stage.items()}

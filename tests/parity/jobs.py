@@ -299,11 +299,6 @@ def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool =
     return hf_tensors(model)
 
 
-def differing_from(layout: Layout, encoder: Path, head: Path, component: str) -> list[str]:
-    """Tensors of `component` that come out of a model just loaded as other than the folder's."""
-    return _differing(loaded_model(layout, encoder, head), component, {"encoder": encoder, "llm": head}[component])
-
-
 def _differing(model: VisionLanguageModel, component: str, folder: Path) -> list[str]:
     source, found = hf_source(model.arch, component, folder), hf_tensors(model)
     parts = [part for row in component_rows(model.arch, component) for part in row.hf]

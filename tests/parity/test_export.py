@@ -286,3 +286,19 @@ def test_verify_sees_what_was_tampered_with(case: str, folders: tuple[Path, Path
     assert any(what.startswith("encoder layer") for what in wrong)
     assert main(["convert", "verify", str(checkpoint), "--encoder", str(folders[0])]) == 1
     assert main(["convert", "verify", str(checkpoint), "--llm", str(folders[1])]) == 0
+
+
+def test_timm_loads_an_export_of_moco(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where timm is at hand, which needs torchvision: everywhere else the same numbers are compared in transformers' ViT."""
+    timm = pytest.importorskip("timm")
+    encoder = make("moco", tmp_path / "encoder")
+    checkpoint = imported(tmp_path, encoder, folders[1])
+    export_checkpoint(checkpoint, "encoder", tmp_path / "export", "drop", None)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    model = timm.models.VisionTransformer(**{"img_size": 32, "patch_size": 8, **config["model_args"]}).eval()
+    model.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))
+    arch = describe(checkpoint).architecture()
+    images = make_images(arch.encoder, 2, seed=3)
+    with torch.no_grad():
+        found = model.forward_features(torch.cat(images.pixels))[:, 1:].flatten(0, 1)
+        assert relative_difference(found, Library(arch, encoder).features(images)) <= 1e-5

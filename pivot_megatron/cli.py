@@ -101,9 +101,11 @@ def _add_convert(verb: Any, verbs: Any) -> None:
         required=True, metavar="WHAT"
     )
     p = verb("import", _import, "Hugging Face folders into a checkpoint", group)
-    p.add_argument("--encoder", type=Path, help="folder of a SigLIP, CLIP, DINOv2, ViT, MAE or (timm) MoCo-v3 encoder")
+    p.add_argument(
+        "--encoder", type=Path, help="folder of a SigLIP, SigLIP2, CLIP, DINOv2, ViT, MAE or (timm) MoCo-v3 encoder"
+    )
     p.add_argument("--llm", type=Path, help="Qwen2 / Qwen2.5 / Qwen3 folder")
-    p.add_argument("--mllm", type=Path, help="an assembled LLaVA folder, in place of the two")
+    p.add_argument("--mllm", type=Path, help="an assembled LLaVA or LLaVA-OneVision folder, in place of the two")
     p.add_argument("--out", type=Path, required=True, help="the checkpoint's folder, which must not exist yet")
     p.add_argument("--feature-layer", type=int, help="hidden_states index, from the end (default: the family's own)")
     p.add_argument(
@@ -125,6 +127,7 @@ def _add_convert(verb: Any, verbs: Any) -> None:
     p.add_argument("checkpoint", type=Path, metavar="CKPT")
     p.add_argument("--encoder", type=Path, help="the encoder's folder; left out, it is not compared")
     p.add_argument("--llm", type=Path, help="the same of the language model")
+    p.add_argument("--mllm", type=Path, help="an assembled LLaVA, projector and all")
     p.add_argument("--tolerance", type=float, help="of activations, relative to the largest (default: 1e-4)")
 
 
@@ -259,10 +262,10 @@ def _export(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from pivot_megatron.convert.verify import FORWARD_TOLERANCE, verify_checkpoint
 
-    if args.encoder is None and args.llm is None:
-        raise UserError("convert verify: expected --encoder, --llm or both, found neither")
+    if args.encoder is args.llm is args.mllm is None:
+        raise UserError("convert verify: expected --encoder, --llm or both, or --mllm, found none")
     tolerance = FORWARD_TOLERANCE if args.tolerance is None else args.tolerance
-    report = verify_checkpoint(args.checkpoint, args.encoder, args.llm, tolerance)
+    report = verify_checkpoint(args.checkpoint, args.encoder, args.llm, tolerance, args.mllm)
     print(report.table())
     return 0 if report.passed else 1
 

@@ -25,8 +25,9 @@ def _components(config: RunConfig) -> Iterator[str]:
             f"model.encoder.feature_layer: counts from the end, so it must be negative (-2 is the last layer but one), "
             f"found {model.encoder.feature_layer}"
         )
-    if (most := model.encoder.max_patches) is not None and most < 1:
-        yield f"model.encoder.max_patches: must be at least 1, found {most}"
+    for key in ("image_size", "max_patches"):
+        if (number := getattr(model.encoder, key)) is not None and number < 1:
+            yield f"model.encoder.{key}: must be at least 1, found {number}"
     if model.anyres is not None:
         if any(n < 1 for grid in model.anyres.every_grid for n in grid):
             yield f"model.anyres.grids: [rows, columns] of at least one tile each, found {model.anyres.grids}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from typing import Any
 
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, read_json
-from pivot_megatron.convert.load import Source, at_resolution
+from pivot_megatron.convert.load import Source, at_resolution, may_be_left
 from pivot_megatron.convert.plan import COMPONENTS, part_shapes
-from pivot_megatron.convert.processors import select_strategy
+from pivot_megatron.convert.processors import pinpoints, select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.registry import ENCODERS
+from pivot_megatron.families.registry import ENCODERS, encoder_architecture
 from pivot_megatron.model.composition import Architecture
 
 # By model type: where features are taken, and whether the class token goes with them, unless a config says otherwise.
@@ -72,25 +73,41 @@ def take_apart(
         if (folder / file).exists():
             shutil.copyfile(folder / file, llm / file)
     description = Description(encoder, llm, layer, image_size)
-    arch = description.architecture()
+    try:
+        arch = description.architecture()
+    except UserError as error:  # by the file that the user knows
+        told = str(error)
+        for part, key in ((encoder, "vision_config"), (llm, "text_config")):
+            told = told.replace(str(part / "config.json"), f"{where}: {key}")
+        raise UserError(told) from None
     _check_strategy(arch, config.get("vision_feature_select_strategy", default_strategy), where)
     if config["model_type"] == "llava_onevision":
-        tile = read_json(encoder / "config.json")["image_size"]
-        description = dataclasses.replace(description, anyres=_anyres(config, tile, where))
+        tile = encoder_architecture(read_json(encoder / "config.json"), str(where)).image_size
+        anyres = _anyres(config, tile, where)
+        theirs = _image_processor(folder).get("image_grid_pinpoints", pinpoints(anyres, tile))
+        if theirs != pinpoints(anyres, tile):
+            raise UserError(
+                f"{folder}: image_grid_pinpoints: config.json and the image processor disagree; make them one"
+            )
+        description = dataclasses.replace(description, anyres=anyres)
     return Assembled(folder, description)
 
 
 def _anyres(config: Mapping[str, Any], tile: int, where: Path) -> AnyRes:
     """`tile`: pixels a side of the model's tiles."""
-    ratio, grids = str(config.get("vision_aspect_ratio", "anyres_max_9")), config.get("image_grid_pinpoints") or []
-    most = ratio.removeprefix("anyres_max_")
-    if not most.isdigit():
+    ratio, grids = str(config.get("vision_aspect_ratio", "anyres_max_9")), config.get("image_grid_pinpoints")
+    most = re.fullmatch(r"anyres_max_([1-9][0-9]*)", ratio)
+    if most is None:
         raise UserError(f"{where}: vision_aspect_ratio: expected anyres_max_ and a number, found {ratio}")
-    if not grids or any(side % tile for grid in grids for side in grid):
+    if not isinstance(grids, list) or not grids or not all(_is_grid(grid, tile) for grid in grids):
         raise UserError(
             f"{where}: image_grid_pinpoints: expected [height, width] in whole tiles of {tile} pixels, found {grids}"
         )
-    return AnyRes(tuple((height // tile, width // tile) for height, width in grids), int(most))
+    return AnyRes(tuple((height // tile, width // tile) for height, width in grids), int(most[1]))
+
+
+def _is_grid(grid: Any, tile: int) -> bool:
+    return isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and n > 0 and n % tile == 0 for n in grid)
 
 
 def _whole_config(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
@@ -100,12 +117,19 @@ def _whole_config(config: Mapping[str, Any], key: str, where: Path) -> dict[str,
     part = dict(config.get(key) or {})
     if "model_type" not in part:
         raise UserError(f"{where}: {key}: expected a model_type, found none")
-    whole: dict[str, Any] = AutoConfig.for_model(**part).to_dict()
+    try:
+        whole: dict[str, Any] = AutoConfig.for_model(**part).to_dict()
+    except Exception as error:  # the library checks values in its own ways
+        raise UserError(f"{where}: {key}: not a config that transformers reads ({_first_line(error)})") from None
     if key == "text_config":
         tied = config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
         whole["tie_word_embeddings"] = part.get("tie_word_embeddings", tied)
     whole["dtype"] = part.get("dtype") or config.get("dtype") or config.get("torch_dtype")
     return whole
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
@@ -153,6 +177,9 @@ def spellings_in(arch: Architecture, component: str, name: str) -> list[str]:
 
 
 def _may_be_left(arch: Architecture, name: str) -> bool:
-    """The encoder's tensors past the features, whatever number its layers have, and the copy of tied embeddings."""
-    tied = arch.head.tied_embeddings and name.endswith("lm_head.weight")
-    return tied or "vision_tower." in name or name.endswith("rotary_emb.inv_freq")
+    """The encoder's tensors past the features, and what a head may hold beside its own."""
+    for tower in ("model.vision_tower.", "vision_tower."):
+        if name.startswith(tower):
+            bare = name.removeprefix(tower).removeprefix(ENCODERS[arch.encoder.family].HF_PREFIX)
+            return may_be_left(arch, "encoder", bare)
+    return may_be_left(arch, "llm", name.removeprefix("model.").removeprefix("language_model."))

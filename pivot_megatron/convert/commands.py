@@ -17,8 +17,9 @@ from pivot_megatron.convert.export import (
     Trained,
     export_encoder,
     export_mllm,
+    require_assembled,
 )
-from pivot_megatron.convert.hf import write_folder
+from pivot_megatron.convert.hf import PROCESSOR, read_json, write_folder
 from pivot_megatron.convert.load import (
     Source,
     check_layout_fits,
@@ -28,7 +29,7 @@ from pivot_megatron.convert.load import (
     require_known,
 )
 from pivot_megatron.convert.plan import COMPONENTS
-from pivot_megatron.convert.processors import image_token_and_processor, processor_file
+from pivot_megatron.convert.processors import mark_ids_and_processor, processor_file
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import (
     Description,
@@ -40,6 +41,8 @@ from pivot_megatron.convert.store import (
 )
 from pivot_megatron.convert.stream import CheckpointParameters, write_parameters
 from pivot_megatron.errors import UserError
+from pivot_megatron.families.architecture import differences
+from pivot_megatron.families.registry import encoder_architecture
 from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
 from pivot_megatron.runtime.distributed import process_groups
 
@@ -84,6 +87,8 @@ def write_import(description: Description, sources: Mapping[str, Source], out: P
         raise UserError(f"{out}: already exists; import to a new folder")
     arch = description.architecture()
     check_layout_fits(arch, Layout())
+    if (description.encoder / PROCESSOR).exists():
+        description.image_views()  # that it fits is seen now, not when a run begins
     parameters = [p for name in COMPONENTS for p in component_parameters(arch, name, sources.get(name), seed)]
     dtype = next(p.dtype for p in parameters)
 
@@ -107,6 +112,12 @@ def export_checkpoint(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
     arch = description.architecture()
+    if part == "mllm":
+        require_assembled(arch)
+    if (last_layer == "drop" and original) or (part == "mllm" and last_layer != "drop"):
+        raise UserError("--original: is read where --part is encoder and --last-layer original; leave it out")
+    if original is not None:
+        _require_same(arch, original)
     trained = Trained(arch, CheckpointParameters(checkpoint / "tensors"))
     facts = {"checkpoint": str(checkpoint), "part": part, "feature_layer": description.feature_layer}
     if arch.encoder.native:
@@ -115,12 +126,10 @@ def export_checkpoint(
         facts["image_size"] = arch.encoder.image_size
     with tempfile.TemporaryDirectory() as scratch:
         if part == "mllm":
-            token = image_token_and_processor(description, Path(scratch))
-            config, named = export_mllm(description, trained, token)
+            marks = mark_ids_and_processor(description, Path(scratch))
+            config, named = export_mllm(description, trained, marks)
             files = [f for f in Path(scratch).iterdir() if f.is_file()]
         else:
-            if last_layer == "drop" and original:
-                raise UserError("--original: is read where --last-layer is original, found drop; leave it out")
             source = hf_tensors_of(arch, "encoder", original) if original else None
             config, named = export_encoder(description, trained, last_layer, source, tensor_dtype(checkpoint))
             facts |= {"last_layer": last_layer, "original": str(original) if original else None}
@@ -128,6 +137,12 @@ def export_checkpoint(
             processor = processor_file(description, Path(scratch))
             files = [processor] if processor else []
         _write(out, config, named, files, facts)
+
+
+def _require_same(arch: Architecture, original: Path) -> None:
+    where = original / "config.json"
+    if told := differences(arch.encoder, encoder_architecture(read_json(where), str(where)), but=("image_size",)):
+        raise UserError(f"--original: {where}: expected the encoder that the run started from, with {told}")
 
 
 def _features(description: Description, arch: Architecture, last_layer: str) -> str:

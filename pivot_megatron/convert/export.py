@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pivot_megatron.convert.hf import HfTensors, read_json, with_chunks_joined
 from pivot_megatron.convert.plan import component_rows, join
-from pivot_megatron.convert.processors import aspect_ratio, pinpoints, select_strategy
+from pivot_megatron.convert.processors import IMAGE, VIDEO, aspect_ratio, pinpoints, select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import UserError
@@ -67,10 +67,7 @@ def export_encoder(
         raise UserError("--last-layer original: needs --original, the encoder folder that the run started from")
     whole = _with_original(parts, original, family, arch, trained_dtype) if original else _alone(parts, family, arch)
     layers = arch.encoder.layers if original else arch.encoder_layers
-    config = family.export_config(stored, layers, whole=original is not None)
-    if arch.encoder.image_size != config.get("image_size", arch.encoder.image_size):
-        config["image_size"] = arch.encoder.image_size
-    return config, whole
+    return family.export_config(stored, layers, original is not None, arch.encoder.image_size), whole
 
 
 def _alone(parts: Iterable[tuple[str, Tensor]], family: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -131,22 +128,27 @@ def _llava_name(name: str) -> str:
     raise ValueError(f"no LLaVA name for {name}")
 
 
-def export_mllm(description: Description, trained: Trained, image_token: int) -> Export:
+def require_assembled(arch: Architecture) -> None:
+    """Raises UserError where transformers has no assembled model for such an encoder."""
+    family = arch.encoder.family
+    if arch.final_norm:
+        reason = "its features are past the final norm, and transformers' LLaVA takes them before it"
+    elif arch.encoder.native:
+        reason = "transformers has no assembled model that keeps aspect ratios"
+    elif family not in ("siglip", "clip"):
+        reason = "a LLaVA is exported with SigLIP and CLIP alone"
+    else:
+        return
+    raise UserError(f"{family}: {reason}; export the encoder alone (--part encoder)")
+
+
+def export_mllm(description: Description, trained: Trained, marks: Mapping[str, int]) -> Export:
     """Encoder (up to the feature layer), projector and head as `LlavaForConditionalGeneration`, or as
-    `LlavaOnevisionForConditionalGeneration` where images are seen as tiles, under hub key names."""
+    `LlavaOnevisionForConditionalGeneration` where images are seen as tiles, under hub key names. `marks`: its tokens' ids."""
     from transformers import AutoConfig, LlavaConfig, LlavaOnevisionConfig
 
     arch, anyres = description.architecture(), description.anyres
-    if arch.final_norm:
-        raise UserError(
-            f"{arch.encoder.family}: its features are past the final norm, and transformers' LLaVA takes them before it; "
-            "export the encoder alone (--part encoder)"
-        )
-    if arch.encoder.native:
-        raise UserError(
-            f"{arch.encoder.family}: transformers has no assembled model that keeps aspect ratios; export the encoder alone "
-            "(--part encoder)"
-        )
+    require_assembled(arch)
     text = read_json(description.llm / "config.json")
     encoder_config, encoder = export_encoder(description, trained, "drop", None)
     others = (trained.parts(name, stored_dtype(text)) for name in ("projector", "llm"))
@@ -155,7 +157,7 @@ def export_mllm(description: Description, trained: Trained, image_token: int) ->
     common: dict[str, Any] = {
         "vision_config": AutoConfig.for_model(vision_type, **encoder_config),
         "text_config": AutoConfig.for_model(text_type, **text),
-        "image_token_index": image_token,
+        "image_token_index": marks[IMAGE],
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": select_strategy(arch),
@@ -170,6 +172,7 @@ def export_mllm(description: Description, trained: Trained, image_token: int) ->
             **common,
             image_grid_pinpoints=pinpoints(anyres, arch.encoder.image_size),
             vision_aspect_ratio=aspect_ratio(anyres),
+            video_token_index=marks[VIDEO],
             architectures=["LlavaOnevisionForConditionalGeneration"],
         )
     config: dict[str, Any] = whole.to_dict()

@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a Hugging Face model folder at {path.parent}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path}: not JSON ({error}); was the download cut off?") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -48,6 +48,12 @@ def read_json(path: Path) -> dict[str, Any]:
 Spellings = Callable[[str], Sequence[str]]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_PICKLES = (".bin", ".pt", ".pth", ".tar", ".ckpt")
+_PICKLE_HINT = (
+    "; {0} is a pickle, which can run code as it is read: load it where you trust it with torch.load(..., weights_only=True), "
+    "and write its tensors with safetensors.torch.save_file"
+)
 
 _CHUNK = re.compile(r"(.*)\[(\d+)/(\d+)\]")
 
@@ -80,13 +86,22 @@ class HfTensors:
         self._open: dict[Path, Any] = {}
 
     def _list_files(self) -> dict[str, Path]:
-        if (self.folder / INDEX).exists():
-            names = read_json(self.folder / INDEX).get("weight_map", {})
+        index = self.folder / INDEX
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+                raise UserError(
+                    f"{index}: expected a weight_map of tensors' names to files, found none; was the copy cut off?"
+                )
+            if missing := sorted({file for file in names.values() if not (self.folder / file).is_file()}):
+                raise UserError(f"{index}: expected {missing[0]} beside it, found no such file; fetch it again")
             return {name: self.folder / file for name, file in names.items()}
         single = self.folder / WEIGHTS
         if not single.exists():
-            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle: save it again with safe_serialization=True" if pickles else ""
+            pickles = (
+                sorted(p.name for p in self.folder.iterdir() if p.suffix in _PICKLES) if self.folder.is_dir() else []
+            )
+            hint = _PICKLE_HINT.format(pickles[0]) if pickles else ""
             raise UserError(f"{self.folder}: expected {WEIGHTS} or {INDEX}, found neither{hint}")
         return dict.fromkeys(self._handle(single).keys(), single)
 
@@ -113,6 +128,15 @@ class HfTensors:
     def where(self) -> str:
         return str(self.folder)
 
+    def _slice(self, stored: str) -> Any:
+        file = self._file_of[stored]
+        try:
+            return self._handle(file).get_slice(stored)
+        except SafetensorError as error:
+            raise UserError(
+                f"{file}: expected {stored}, as {INDEX} says, found none ({error}); fetch it again"
+            ) from None
+
     def holding(self, parts: Iterable[str]) -> set[str]:
         """The folder's own names of the tensors that `parts` are, or are chunks of."""
         return {chunk_of(self.stored_name(part))[0] for part in parts}
@@ -122,12 +146,12 @@ class HfTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored, _, chunks = chunk_of(self.stored_name(name))
-        rows, *rest = self._handle(self._file_of[stored]).get_slice(stored).get_shape() or (1,)
+        rows, *rest = self._slice(stored).get_shape() or (1,)
         return (rows // chunks, *rest)
 
     def dtype(self, name: str) -> torch.dtype:
         stored = chunk_of(self.stored_name(name))[0]
-        kind = self._handle(self._file_of[stored]).get_slice(stored).get_dtype()
+        kind = self._slice(stored).get_dtype()
         if kind not in _DTYPES:
             raise UserError(f"{self.folder}: {stored}: expected one of {', '.join(_DTYPES)}, found {kind}")
         return _DTYPES[kind]
@@ -139,16 +163,16 @@ class HfTensors:
     def read(self, name: str, part: Slice | None = None) -> Tensor:
         """The tensor, or only the bytes of its slice. The slice's zeros are not added."""
         stored, chunk, chunks = chunk_of(self.stored_name(name))
-        handle = self._handle(self._file_of[stored])
         if chunks == 1 and (part is None or part.dim is None):
-            whole: Tensor = handle.get_tensor(stored)
+            self._slice(stored)
+            whole: Tensor = self._handle(self._file_of[stored]).get_tensor(stored)
             return whole
         rows = self.shape(name)[0]
         index = [slice(chunk * rows, (chunk + 1) * rows), *[slice(None)] * (part.dim if part and part.dim else 0)]
         if part is not None and part.dim is not None:
             first = chunk * rows if part.dim == 0 else 0
             index[part.dim] = slice(first + part.start, first + part.stop)
-        cut: Tensor = handle.get_slice(stored)[tuple(index)]
+        cut: Tensor = self._slice(stored)[tuple(index)]
         return cut
 
 
@@ -170,6 +194,7 @@ def write_folder(
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
+    out = out.absolute()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -129,13 +129,15 @@ def require_known(arch: Architecture, component: str, tensors: HfTensors) -> Non
     """Raises UserError naming a tensor of the folder that its config.json does not speak of."""
     family, used = _family(arch, component), tensors.holding(part_shapes(arch, component))
     for name in tensors.names():
-        if name not in used and not _may_be_left(arch, component, family, name.removeprefix(family.HF_PREFIX)):
+        if name not in used and not may_be_left(arch, component, name.removeprefix(family.HF_PREFIX)):
             raise UserError(
                 f"{tensors.folder}: found a tensor {name} that config.json does not speak of; are the two of one model?"
             )
 
 
-def _may_be_left(arch: Architecture, component: str, family: Any, name: str) -> bool:
+def may_be_left(arch: Architecture, component: str, name: str) -> bool:
+    """Whether a tensor that no parameter is made of, by its name without the family's prefix, is one that may stand there."""
+    family = _family(arch, component)
     if component == "llm":
         return name.endswith(family.UNUSED) or (arch.head.tied_embeddings and name == "lm_head.weight")
     if name.startswith((*family.ELSEWHERE, *family.PAST_FEATURES)):
@@ -233,8 +235,4 @@ def check_layout_fits(arch: Architecture, layout: Layout) -> None:
             f"layout.pipeline: the LLM's {arch.head.layers} layers do not fall evenly on {layout.pipeline} stages with "
             f"first_stage_layers {layout.first_stage_layers} and last_stage_layers {layout.last_stage_layers}: "
             f"{rest} layers would be left for {stages} stages; every stage needs one at least"
-        )
-    if not 0 < arch.encoder_layers <= arch.encoder.layers:
-        raise UserError(
-            f"model.encoder.feature_layer: the encoder has {arch.encoder.layers} layers, found {arch.feature_layer}"
         )

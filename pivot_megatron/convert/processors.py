@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, read_json
 from pivot_megatron.convert.store import Description
+from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import QWEN_1_5_JINJA
 from pivot_megatron.data.images import square_processor
 from pivot_megatron.errors import UserError
@@ -34,15 +36,13 @@ def aspect_ratio(anyres: AnyRes) -> str:
     return f"anyres_max_{anyres.max_tiles}"
 
 
-def image_token_and_processor(description: Description, out: Path) -> int:
-    """Save tokenizer and processor with an `<image>` token of its own to `out`; returns the token's id.
+def mark_ids_and_processor(description: Description, out: Path) -> dict[str, int]:
+    """Save tokenizer and processor with an `<image>` token of its own to `out`; returns the ids of the marks it has.
 
-    The token takes the first free id, which the embedding must already have a row for.
+    They take the first free ids, which the embedding must already have rows for.
     """
-    from transformers import AutoTokenizer
-
     arch, anyres = description.architecture(), description.anyres
-    tokenizer: Any = AutoTokenizer.from_pretrained(description.llm, local_files_only=True)
+    tokenizer: Any = load_tokenizer(description.llm)
     # LLaVA-OneVision's processor asks for one of videos too, which then must be no other word's.
     marks = [IMAGE] if anyres is None else [IMAGE, VIDEO]
     tokenizer.add_tokens(marks, special_tokens=True)
@@ -61,11 +61,20 @@ def image_token_and_processor(description: Description, out: Path) -> int:
                 f"{description.encoder / PROCESSOR}: no such file; an assembled model needs the encoder's own"
             )
         if anyres is None:
-            _save_llava(arch, file.parent, tokenizer, out)
+            _save_llava(arch, _with_config(file, description, Path(scratch)), tokenizer, out)
         else:
             tokenizer.save_pretrained(out)
             _save_onevision(anyres, arch, read_json(file), out)
-    return ids[0]
+    return dict(zip(marks, ids, strict=True))
+
+
+def _with_config(processor: Path, description: Description, scratch: Path) -> Path:
+    """A folder of the two: an image processor that does not say what it is follows from the model's type."""
+    together = scratch / "together"
+    together.mkdir()
+    for file in (processor, description.encoder / "config.json"):
+        shutil.copyfile(file, together / file.name)
+    return together
 
 
 def _save_llava(arch: Architecture, image_processor: Path, tokenizer: Any, out: Path) -> None:

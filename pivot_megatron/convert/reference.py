@@ -29,8 +29,9 @@ class ReferenceEncoder:
             options = {"pixel_attention_mask": mask, "spatial_shapes": torch.tensor([grid])}
             pixels = pixels[None]
         elif self.family == "mae":  # nothing masked, nothing shuffled
-            tokens = (self.model.config.image_size // self.model.config.patch_size) ** 2
+            tokens = grid[0] * grid[1]
             options["noise"] = torch.arange(tokens, dtype=torch.float32)[None]
+            options["interpolate_pos_encoding"] = pixels.shape[-1] != self.model.config.image_size
         elif pixels.shape[-1] != self.model.config.image_size and self.family != "dinov2":
             options["interpolate_pos_encoding"] = True
         hidden: Tensor = self.model(pixel_values=pixels, **options).last_hidden_state

@@ -13,6 +13,7 @@ from pivot_megatron.convert.load import FreshParts, hf_source, load_component
 from pivot_megatron.convert.plan import COMPONENTS, part_shapes
 from pivot_megatron.convert.store import Description, describe, load_weights, resolve_checkpoint
 from pivot_megatron.errors import UserError
+from pivot_megatron.families.architecture import differences
 from pivot_megatron.families.registry import encoder_architecture
 from pivot_megatron.model.composition import VisionLanguageModel
 
@@ -35,8 +36,9 @@ def describe_start(model: Model) -> Description:
     projector = model.projector.checkpoint
     if encoder.checkpoint is not None:
         before = describe(resolve_checkpoint(encoder.checkpoint))
-        feature_layer, image_size = before.feature_layer, image_size or before.image_size
-        max_patches = max_patches or before.max_patches
+        feature_layer = before.feature_layer
+        image_size = before.image_size if image_size is None else image_size
+        max_patches = before.max_patches if max_patches is None else max_patches
     else:
         feature_layer = encoder_architecture(
             read_json(folder / "config.json"), str(folder / "config.json")
@@ -44,7 +46,7 @@ def describe_start(model: Model) -> Description:
     return Description(
         folder,
         _hf_folder(model.llm, "llm"),
-        encoder.feature_layer or feature_layer,
+        feature_layer if encoder.feature_layer is None else encoder.feature_layer,
         image_size,
         max_patches,
         model.anyres or (describe(resolve_checkpoint(projector)).anyres if projector is not None else None),
@@ -113,7 +115,9 @@ def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None
     }
     expected, found = wanted[name]
     if expected != found:
-        raise UserError(f"model.{name}.checkpoint: {checkpoint}: expected {expected}, found {found}")
+        told = f"widths {expected}, found {found}" if name == "projector" else differences(expected, found)
+        hint = "; to change resolution, export the encoder and start from that" if told.startswith("image_size") else ""
+        raise UserError(f"model.{name}.checkpoint: {checkpoint}: expected {told}{hint}")
     if name == "encoder" and ours.feature_layer != theirs.feature_layer:
         raise UserError(
             f"model.encoder.feature_layer: {checkpoint} was trained with {theirs.feature_layer} and holds no layer past it, "

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, read_json
@@ -56,9 +58,27 @@ class Description:
     template: str = "qwen_1_5"
 
     def architecture(self) -> Architecture:
+        """Raises UserError where the files, or what is said beside them, do not make a model."""
         encoder = encoder_architecture(read_json(self.encoder / "config.json"), str(self.encoder / "config.json"))
+        if encoder.native and (self.image_size is not None or self.anyres is not None):
+            raise UserError(
+                f"{self.encoder}: its encoder keeps aspect ratios, so neither anyres nor image_size means anything to it; "
+                "model.encoder.max_patches sets its resolution"
+            )
+        if not encoder.native and self.max_patches is not None:
+            raise UserError(
+                f"model.encoder.max_patches: {self.encoder} has an encoder of one resolution; set image_size, or leave it out"
+            )
+        if not -encoder.layers <= self.feature_layer < 0:
+            raise UserError(
+                f"model.encoder.feature_layer: expected -1 to {-encoder.layers}, the encoder's layers from the end, "
+                f"found {self.feature_layer}"
+            )
+        size = encoder.image_size if self.image_size is None else self.image_size
+        if size < encoder.patch_size:
+            raise UserError(f"image_size: expected a patch of {encoder.patch_size} pixels at least, found {size}")
         return Architecture(
-            dataclasses.replace(encoder, image_size=self.image_size or encoder.image_size),
+            dataclasses.replace(encoder, image_size=size),
             head_architecture(read_json(self.llm / "config.json"), str(self.llm / "config.json")),
             self.feature_layer,
             self.anyres,
@@ -113,6 +133,10 @@ def describe(checkpoint: Path) -> Description:
     facts = read_json(checkpoint / "model.json")
     if facts.get("format") != FORMAT:
         raise UserError(f"{checkpoint}: checkpoint format {facts.get('format')}, this version reads {FORMAT}")
+    if missing := {"feature_layer", "image_size", "max_patches", "anyres", "template", "dtype"} - facts.keys():
+        raise UserError(
+            f"{checkpoint}: model.json: expected {', '.join(sorted(missing))}, found none; was the copy cut off?"
+        )
     tiles = facts["anyres"]
     return Description(
         checkpoint / "hf" / "encoder",
@@ -175,7 +199,14 @@ def save_whole(out: Path, description: Description, dtype: torch.dtype, write: C
         # megatron-core wants an empty folder for its own files and warns otherwise.
         (part / "tensors").mkdir()
     dist.barrier()
-    write(part / "tensors")
+    try:
+        write(part / "tensors")
+    except BaseException as error:
+        if is_main_process():
+            shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, CheckpointException | OSError):
+            raise UserError(f"{out}: cannot write ({_first_line(error)}); is the disk full?") from None
+        raise
     dist.barrier()
     if is_main_process():
         shutil.rmtree(out, ignore_errors=True)
@@ -185,8 +216,18 @@ def save_whole(out: Path, description: Description, dtype: torch.dtype, write: C
 
 def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """`state`'s tensors from `checkpoint`, whatever layout it was saved at, with its common entries."""
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint / "tensors"))
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint / "tensors"))
+    except (CheckpointException, CheckpointingException, OSError, EOFError) as error:
+        raise UserError(f"{checkpoint}: not a whole checkpoint ({_first_line(error)}); was the copy cut off?") from None
     return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the one that began it, where torch wraps those of all ranks."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    return (str(first).splitlines() or [type(first).__name__])[0]
 
 
 def common_state(checkpoint: Path) -> Mapping[str, Any]:

@@ -5,7 +5,9 @@ megatron-core's own format: what is written here loads at any layout, and what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +117,16 @@ class CheckpointParameters:
 
     @cached_property
     def _metadata(self) -> Any:
-        return FileSystemReader(self.folder).read_metadata()
+        with self._whole():
+            return FileSystemReader(self.folder).read_metadata()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A file that is cut off or gone is answered with many kinds of errors."""
+        try:
+            yield
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.folder}: not a whole checkpoint ({error}); was the copy cut off?") from None
 
     def read(self, name: str) -> Tensor:
         """In the dtype it was saved in. Raises UserError if it is not there."""
@@ -141,7 +152,7 @@ class CheckpointParameters:
 
     def _piece(self, item: ReadItem) -> Tensor:
         place = self._reader.storage_data[item.storage_index]
-        with (self.folder / place.relative_path).open("rb") as file:
+        with self._whole(), (self.folder / place.relative_path).open("rb") as file:
             part = self._reader._slice_file(file, place)
             stored: Tensor = torch.load(part, map_location="cpu", weights_only=True)
         return stored[_box(item.storage_offsets, item.lengths)]

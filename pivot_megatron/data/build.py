@@ -23,13 +23,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: expected a tokenizer, found none that loads ({str(error).splitlines()[0]})"
-        ) from None
+        # A fast tokenizer settles its padding and truncation at the first call, which must not happen in two threads at once.
+        ids = tokenizer.encode("first", add_special_tokens=False)
+    except Exception as error:  # the library answers files it cannot read with anything
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: expected a tokenizer, found none that loads ({detail})") from None
+    if not ids:  # what it makes of a folder without one
+        raise UserError(f"{folder}: expected a tokenizer, found no tokenizer.json, nor vocab.json and merges.txt")
     loaded: Tokenizer = tokenizer
-    # A fast tokenizer settles its padding and truncation at the first call, which must not happen in two threads at once.
-    loaded.encode("first", add_special_tokens=False)
     return loaded
 
 
@@ -39,11 +40,6 @@ def image_views(
     """How `encoder` sees images, by the image processor of its `folder`. `image_size`, `max_patches`: where they are not the
     processor's own. Raises UserError where the two do not go together."""
     if encoder.native:
-        if anyres is not None or image_size is not None:
-            raise UserError(
-                f"{folder}: its encoder keeps aspect ratios, so neither model.anyres nor model.encoder.image_size means "
-                "anything to it; model.encoder.max_patches sets its resolution"
-            )
         path, config = read_processor(folder)
         most = max_patches or config.get("max_num_patches", 256)
         if config.get("patch_size", 16) != encoder.patch_size:
@@ -51,15 +47,11 @@ def image_views(
                 f"{path}: patch_size: expected the encoder's, {encoder.patch_size}, found {config['patch_size']}"
             )
         return Native(PixelSteps.from_config(path, config), encoder.patch_size, most)
-    if max_patches is not None:
-        raise UserError(
-            f"model.encoder.max_patches: {folder} has an encoder of one resolution; set image_size, or leave it out"
-        )
     transform = ImageTransform.from_processor_folder(folder, image_size)
     if transform.image_size != encoder.image_size:
         raise UserError(
-            f"{folder}: preprocessor_config.json resizes to {transform.image_size}, config.json's encoder takes "
-            f"{encoder.image_size}; make them agree"
+            f"{folder}: preprocessor_config.json resizes to {transform.image_size} pixels, config.json's encoder takes "
+            f"{encoder.image_size}; say with model.encoder.image_size (--image-size) which it is"
         )
     return (
         Tiled(transform, encoder.grid, anyres.every_grid, anyres.max_tiles)

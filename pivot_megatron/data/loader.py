@@ -96,6 +96,7 @@ class StepData:
     micro_batches: tuple[PackedBatch, ...]
     dropped: tuple[Dropped, ...]
     keys_digest: str
+    fitting: int  # samples of the global batch that are trained on
 
     @property
     def samples(self) -> int:
@@ -135,7 +136,13 @@ class Loader:
     def load(self, step: int) -> StepData:
         indices = step_indices(step, self.global_size, len(self.samples), self.seed)
         digest = hashlib.sha256("\n".join(map(self.samples.key, indices)).encode()).hexdigest()[:16]
-        return self._loaded(step, indices, digest)
+        data = self._loaded(step, indices, digest)
+        if not data.fitting:
+            raise RunError(
+                f"data.sequence_length: step {step + 1}: none of its {len(indices)} samples fits {self.tokenize.sequence_length} "
+                f"tokens, images counted; raise it"
+            )
+        return data
 
     def in_order(self, first: int, last: int) -> Iterator[StepData]:
         """Samples `first` to `last` (exclusive) as they lie in the shards, a global batch at a time."""
@@ -154,7 +161,7 @@ class Loader:
         sizes = [Size(sample.length, sample.sequences, self.flops(sample)) for _, sample in fitting]
         plan = plan_micro_batches(sizes, self.size, self.micro_tokens, self.micro_images)
         batches = [self._micro_batch([fitting[i] for i in chosen]) for chosen in plan[self.rank]]
-        return StepData(step, tuple(batches), tuple(dropped) if self.rank == 0 else (), digest)
+        return StepData(step, tuple(batches), tuple(dropped) if self.rank == 0 else (), digest, len(fitting))
 
     def tokenized(self, index: int) -> Tokenized:
         """Raises DoesNotFit for a sample that is too long, RunError for one that is wrong."""

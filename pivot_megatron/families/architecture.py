@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pivot_megatron.errors import UserError
@@ -96,6 +96,31 @@ class HeadArchitecture:
     def padded_vocabulary(self) -> int:
         """Rows of the embedding in megatron-core: the same for every layout, so that checkpoints know none."""
         return -(-self.vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def require_sound(arch: EncoderArchitecture | HeadArchitecture, where: str) -> None:
+    """Raises UserError naming the file and the first number that no model can have."""
+    for field in fields(arch):
+        value = getattr(arch, field.name)
+        counted = field.type == "int" and field.name != "feature_layer"
+        if counted and (type(value) is not int or value < 1):
+            raise UserError(f"{where}: {field.name}: expected a whole number above 0, found {value!r}")
+        if field.type == "float" and (not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"{where}: {field.name}: expected a number above 0, found {value!r}")
+    uneven = {"heads": arch.hidden} if isinstance(arch, EncoderArchitecture) else {"groups": arch.heads}
+    for name, whole in uneven.items():
+        if whole % getattr(arch, name):
+            raise UserError(f"{where}: {name}: expected a divisor of {whole}, found {getattr(arch, name)}")
+
+
+def differences(expected: Any, found: Any, but: Collection[str] = ()) -> str:
+    """In which fields two architectures differ, those in `but` left out; empty if in none."""
+    told = [
+        f"{field.name} {getattr(expected, field.name)}, found {getattr(found, field.name)}"
+        for field in fields(expected)
+        if field.name not in but and getattr(expected, field.name) != getattr(found, field.name)
+    ]
+    return "; ".join(told)
 
 
 def field_of(config: Mapping[str, Any], key: str, where: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.families import siglip
-from pivot_megatron.families.architecture import EncoderArchitecture, field_of
+from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.families.table import Row
 from pivot_megatron.families.vision import vision_table
 
@@ -42,7 +42,7 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         heads=vision.get("num_attention_heads", 12),
         ffn=vision.get("intermediate_size", 3072),
         image_size=vision.get("image_size", 224),
-        patch_size=field_of(vision, "patch_size", where),
+        patch_size=vision.get("patch_size", 32),
         norm_epsilon=vision.get("layer_norm_eps", 1e-5),
         activation=_ACTIVATIONS[activation],
         feature_layer=-2,
@@ -56,7 +56,12 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, NAMES)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """`config.json` of an encoder with `layers` layers. `whole` changes nothing: CLIP's class is whole either way."""
     vision = dict(config.get("vision_config") or config)
-    return vision | {"architectures": [HF_CLASS], "model_type": "clip_vision_model", "num_hidden_layers": layers}
+    return vision | {
+        "architectures": [HF_CLASS],
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": layers,
+        "image_size": image_size,
+    }

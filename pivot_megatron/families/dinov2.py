@@ -77,11 +77,12 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, names)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """`config.json` of an encoder with `layers` layers; `whole`: with the original's mask token."""
     return {
         **config,
         "architectures": [HF_CLASS],
         "num_hidden_layers": layers,
+        "image_size": image_size,
         "use_mask_token": whole and config.get("use_mask_token", True),
     }

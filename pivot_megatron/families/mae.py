@@ -26,5 +26,5 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vit.table(arch)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
-    return {**config, "architectures": [HF_CLASS], "num_hidden_layers": layers}
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
+    return {**config, "architectures": [HF_CLASS], "num_hidden_layers": layers, "image_size": image_size}

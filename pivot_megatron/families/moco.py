@@ -45,6 +45,9 @@ _SIZES = {
 }
 
 
+_KNOWN = {"embed_dim", "depth", "num_heads", "mlp_ratio", "img_size", "patch_size", "num_classes"}
+
+
 def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
     """From timm's `config.json`; `model_args` there speak over what the architecture's name says."""
     name = config.get("architecture", "")
@@ -55,6 +58,10 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         )
     hidden, layers, heads = _SIZES[found[1]]
     said = config.get("model_args") or {}
+    if unknown := said.keys() - _KNOWN:
+        raise UserError(
+            f"{where}: model_args: expected {', '.join(sorted(_KNOWN))}, found {', '.join(sorted(unknown))}"
+        )
     hidden = said.get("embed_dim", hidden)
     return EncoderArchitecture(
         family="moco",
@@ -77,10 +84,10 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, NAMES)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """timm's `config.json` of an encoder with `layers` layers and no classifier."""
-    return {
-        **config,
-        "num_classes": 0,
-        "model_args": {**(config.get("model_args") or {}), "depth": layers, "num_classes": 0},
-    }
+    said = {**(config.get("model_args") or {}), "depth": layers, "num_classes": 0, "img_size": image_size}
+    exported = {**config, "num_classes": 0, "model_args": said}
+    if "pretrained_cfg" in config:
+        exported["pretrained_cfg"] = {**config["pretrained_cfg"], "input_size": [3, image_size, image_size]}
+    return exported

@@ -8,7 +8,7 @@ from typing import Any
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.families import clip, dinov2, mae, moco, qwen2, qwen3, siglip, siglip2, vit
-from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture, require_sound
 
 ENCODERS: Mapping[str, ModuleType] = {
     "siglip": siglip,
@@ -34,10 +34,20 @@ def _family(families: Mapping[str, ModuleType], config: Mapping[str, Any], kind:
 
 def encoder_architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
     """`where` names the file in errors."""
-    arch: EncoderArchitecture = _family(ENCODERS, config, "vision encoder", where).architecture(config, where)
+    arch: EncoderArchitecture = _read(ENCODERS, config, "vision encoder", where)
     return arch
 
 
 def head_architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture:
-    arch: HeadArchitecture = _family(HEADS, config, "language model", where).architecture(config, where)
+    arch: HeadArchitecture = _read(HEADS, config, "language model", where)
+    return arch
+
+
+def _read(families: Mapping[str, ModuleType], config: Mapping[str, Any], kind: str, where: str) -> Any:
+    family = _family(families, config, kind, where)
+    try:
+        arch = family.architecture(config, where)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: expected the numbers of a {kind}, found others ({error})") from None
+    require_sound(arch, where)
     return arch

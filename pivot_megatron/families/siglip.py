@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.architecture import EncoderArchitecture, field_of
+from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.families.table import Row
 from pivot_megatron.families.vision import Names, vision_table
 
@@ -44,8 +44,8 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         hidden=vision.get("hidden_size", 768),
         heads=vision.get("num_attention_heads", 12),
         ffn=vision.get("intermediate_size", 3072),
-        image_size=field_of(vision, "image_size", where),
-        patch_size=field_of(vision, "patch_size", where),
+        image_size=vision.get("image_size", 224),
+        patch_size=vision.get("patch_size", 16),
         norm_epsilon=vision.get("layer_norm_eps", 1e-6),
         activation="gelu_tanh",
         feature_layer=-2,
@@ -56,12 +56,13 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, NAMES)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """`config.json` of an encoder with `layers` layers; `whole`: with everything past them that the original had."""
     vision = dict(config.get("vision_config") or config)
     return vision | {
         "architectures": [HF_CLASS],
         "model_type": "siglip_vision_model",
         "num_hidden_layers": layers,
+        "image_size": image_size,
         "vision_use_head": whole and vision.get("vision_use_head", True),
     }

@@ -40,7 +40,8 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, siglip.NAMES)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """`config.json` of an encoder with `layers` layers; `whole`: with everything past them that the original had."""
-    names = {"architectures": [HF_CLASS], "model_type": MODEL_TYPES[0]}
-    return siglip.export_config(config, layers, whole) | names
+    exported = siglip.export_config(config, layers, whole, image_size)
+    del exported["image_size"]  # it has none of its own
+    return exported | {"architectures": [HF_CLASS], "model_type": MODEL_TYPES[0]}

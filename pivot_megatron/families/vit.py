@@ -69,6 +69,6 @@ def table(arch: EncoderArchitecture) -> tuple[Row, ...]:
     return vision_table(arch, NAMES)
 
 
-def export_config(config: Mapping[str, Any], layers: int, whole: bool) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], layers: int, whole: bool, image_size: int) -> dict[str, Any]:
     """`config.json` of an encoder with `layers` layers. The pooler, where there is one, is no matter of the config."""
-    return {**config, "architectures": [HF_CLASS], "num_hidden_layers": layers}
+    return {**config, "architectures": [HF_CLASS], "num_hidden_layers": layers, "image_size": image_size}

@@ -61,7 +61,7 @@ class RunFolder:
         self.path = config.out
         self.checkpoints = self.path / "checkpoints"
         self._metrics = self.path / "metrics.jsonl"
-        self._dropped = self.path / "dropped.jsonl"
+        self.dropped = self.path / "dropped.jsonl"
 
     def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
         try:
@@ -73,7 +73,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`, which a run that resumes from there will write again."""
-        for path in (self._metrics, self._dropped):
+        for path in (self._metrics, self.dropped):
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
                 write_atomically(path, "".join(line + "\n" for line in lines))
@@ -83,7 +83,7 @@ class RunFolder:
 
     def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
         self._append(
-            self._dropped, [{"step": step, "key": d.key, "reason": d.reason, "detail": d.detail} for d in dropped]
+            self.dropped, [{"step": step, "key": d.key, "reason": d.reason, "detail": d.detail} for d in dropped]
         )
 
     def _append(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

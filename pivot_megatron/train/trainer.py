@@ -70,7 +70,7 @@ def train(config: RunConfig, report: Report = lambda *_: None) -> int:
     """Run `config` to its end, resuming from its folder's newest checkpoint. Returns the steps this call made."""
     with process_groups(config.layout, config.seed):
         session = _prepare(config)
-        made = 0
+        made = dropped = 0
         for data, waited in _timed(session.loader.steps(session.done, session.steps)):
             started = time.perf_counter()
             result = train_step(
@@ -79,12 +79,15 @@ def train(config: RunConfig, report: Report = lambda *_: None) -> int:
             session.objective = observed(session.objective, result)
             session.done += 1
             made += 1
-            _record(session, data, result, step_seconds=time.perf_counter() - started + waited, data_seconds=waited)
+            seconds = time.perf_counter() - started + waited
+            dropped += _record(session, data, result, step_seconds=seconds, data_seconds=waited)
             _require_finite(session, result)
             if session.done % config.checkpoints.every == 0 or session.done == session.steps:
                 _save(session)
             if is_main_process():
                 report(session.done, session.steps, result)
+        if dropped and is_main_process():
+            print(f"{config.name}: {dropped} samples left out, see {session.folder.dropped}", file=sys.stderr)
         return made
 
 
@@ -190,7 +193,8 @@ def _timed(steps: Any) -> Any:
         yield item, time.perf_counter() - started
 
 
-def _record(session: Session, data: StepData, result: StepResult, step_seconds: float, data_seconds: float) -> None:
+def _record(session: Session, data: StepData, result: StepResult, step_seconds: float, data_seconds: float) -> int:
+    """A line of metrics. Returns how many samples of the global batch were left out."""
     tokens = sum(batch.length for batch in data.micro_batches)
     padding = sum(batch.padding for batch in data.micro_batches)
     first_stage_share = [(data.samples, tokens, padding, data.dropped)] if _speaks_for_replica() else []
@@ -198,7 +202,7 @@ def _record(session: Session, data: StepData, result: StepResult, step_seconds: 
     pairs, tokens, padding = (sum(share[i] for share in shares) for i in range(3))
     dropped: list[Dropped] = [d for share in shares for d in share[3]]
     if not is_main_process():
-        return
+        return len(dropped)
     session.folder.log(
         {
             "step": session.done,
@@ -217,6 +221,7 @@ def _record(session: Session, data: StepData, result: StepResult, step_seconds: 
     )
     if dropped:
         session.folder.log_dropped(session.done, dropped)
+    return len(dropped)
 
 
 def _speaks_for_replica() -> bool:

@@ -32,6 +32,7 @@ from pivot_megatron.convert.commands import export_checkpoint, import_assembled,
 from pivot_megatron.convert.plan import COMPONENTS, component_rows
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import describe
+from pivot_megatron.convert.verify import verify_checkpoint
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5, render
 from pivot_megatron.data.packing import pack
@@ -182,6 +183,8 @@ def test_an_assembled_model_comes_back(checkpoint: Path, export: Path, tmp_path:
     import_assembled(export, tmp_path / "again", None)
     assert same_parameters(checkpoint, tmp_path / "again")
     assert describe(tmp_path / "again").anyres == TILES
+    found = verify_checkpoint(tmp_path / "again", None, None, mllm=export, tolerance=1e-5)
+    assert found.passed and "tensor image_newline" in {check.what for check in found.checks}, found.table()
     assert describe(tmp_path / "again").image_views() == describe(checkpoint).image_views()
 
 

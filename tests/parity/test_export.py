@@ -142,12 +142,29 @@ def test_another_resolution_is_what_transformers_interpolates(
     assert verify_checkpoint(checkpoint, folder, None).passed
 
 
+def test_another_resolution_is_in_every_familys_export(
+    family: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """An export says its own resolution, so that it is read again without being told."""
+    if json.loads((family / "config.json").read_text()).get("model_type") == "siglip2_vision_model":
+        pytest.skip("has no resolution of its own")
+    checkpoint = imported(tmp_path, family, folders[1], image_size=48)
+    for name, original in (("drop", None), ("original", family)):
+        export_checkpoint(checkpoint, "encoder", tmp_path / name, name, original)  # type: ignore[arg-type]
+        feature_layer = -1 if name == "drop" else None
+        import_checkpoint(tmp_path / name, folders[1], tmp_path / f"{name}-again", feature_layer, 5)
+        assert same_parameters(checkpoint, tmp_path / f"{name}-again")
+        assert describe(tmp_path / f"{name}-again").architecture().encoder.image_size == 48
+    assert verify_checkpoint(checkpoint, family, None).passed
+
+
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_an_assembled_model_and_back(name: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint = imported(tmp_path, make(name, tmp_path / "encoder"), folders[1])
     export_checkpoint(checkpoint, "mllm", tmp_path / "llava", "drop", None)
     import_assembled(tmp_path / "llava", tmp_path / "again", None)
     assert same_parameters(checkpoint, tmp_path / "again")
+    assert_verified(tmp_path / "again", tmp_path / "llava")
     # As transformers itself saves it: other names, another place for the image processor.
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / "saved")
     for file in (tmp_path / "llava").iterdir():
@@ -175,6 +192,22 @@ def test_greedy_answers_are_transformers_own(
     wanted = whole[inputs["input_ids"].shape[1] :].tolist()
     for _, layout, world in (matrix.SINGLE, matrix.TP2):
         assert workers.run(jobs.greedy, layout, world, checkpoint, sample, [pixels], 12) == [wanted] * world
+
+
+def assert_verified(checkpoint: Path, mllm: Path) -> None:
+    """Every tensor and layer, and that another projector is seen, in its tensor and in what comes after it."""
+    found = verify_checkpoint(checkpoint, None, None, mllm=mllm)
+    assert found.passed, found.table()
+    said = {check.what for check in found.checks}
+    assert "tensor multi_modal_projector.linear_1.weight" in said and {"head layer 0", "head log-probs"} <= said
+    shutil.copytree(mllm, mllm.with_name("changed"))
+    path = mllm.with_name("changed") / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("multi_modal_projector.linear_1.bias"))
+    tensors[name] += 0.1
+    save_file(tensors, path, metadata={"format": "pt"})
+    failed = {c.what for c in verify_checkpoint(checkpoint, None, None, mllm=path.parent).checks if not c.passed}
+    assert {"tensor multi_modal_projector.linear_1.bias", "head layer 0"} <= failed
 
 
 def test_features_past_a_final_norm_are_no_llava(folders: tuple[Path, Path], tmp_path: Path) -> None:

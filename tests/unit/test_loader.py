@@ -96,8 +96,10 @@ def tokenized(data: Path) -> list:
     return [made.tokenize(made.samples.read(i)) for i in range(30)]
 
 
-def test_all_dropped_still_makes_a_pack(data: Path) -> None:
-    step = loader(data, sequence_length=20).load(0)
+def test_a_step_of_nothing_is_no_step_and_still_makes_a_pack(data: Path) -> None:
+    with pytest.raises(RunError, match="step 1: none of its 12 samples fits 20 tokens"):
+        loader(data, sequence_length=20).load(0)
+    (step,) = loader(data, sequence_length=20).in_order(0, 12)
     assert step.samples == 0 and len(step.dropped) == 12
     assert all(batch.tokens.numel() == 16 for batch in step.micro_batches)
 

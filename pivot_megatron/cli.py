@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pivot: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pivot: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("pivot: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 1
 
 

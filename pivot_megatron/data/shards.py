@@ -158,8 +158,10 @@ def open_shard(path: Path) -> Iterator[Callable[[str, bytes | None, str, Mapping
     """
     with path.open("wb") as file:
         tar = _tar_writer(file)
-        yield lambda key, image, extension, record: tar.write(_entry(key, image, extension, record, None))
-        tar.close()
+        try:
+            yield lambda key, image, extension, record: tar.write(_entry(key, image, extension, record, None))
+        finally:
+            tar.close()  # before the file is, also where writing failed
 
 
 def write_index(directory: str | Path) -> Sequence[Shard]:

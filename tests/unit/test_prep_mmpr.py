@@ -57,6 +57,10 @@ def mmpr(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 row["chosen"] = "It is red. " * 40
             elif kind == 5:
                 row["rejected"] = "It is green. " * 40
+            elif kind in (6, 7):
+                row["chosen" if kind == 6 else "rejected"] = "7" * rng.randrange(25, 55)
+            elif kind == 8:
+                row["question"] = mark + "8" * rng.randrange(25, 55)
             rows.append(row if image is None else {"image": image, **row})
         write_lines(folder / "annotations" / f"{name}.jsonl", rows)
         write_images(folder / "images" / name, {f"sub/{i}.jpg": picture(i) for i in range(7)})
@@ -99,13 +103,16 @@ def naive(mmpr: Path, tokenizer: Path, count: int) -> list[tuple[str, str, str, 
             image = image[0] if isinstance(image, list) else image
             rows.append((row, mmpr / entry["root"] / image if image else None))
     random.Random(777).shuffle(rows)
-    kept = []
+    kept, longest = [], 0
     for row, image in rows:
         if "<image>" in row["chosen"] or "<image>" in row["rejected"]:
             continue
-        if any(len(tokens(row["question"] + row[name]).input_ids) > MOST for name in ("chosen", "rejected")):
+        lengths = [len(tokens(row["question"] + row[name]).input_ids) for name in ("chosen", "rejected")]
+        if max(lengths) > MOST:
             continue
+        longest = max(longest, *lengths)
         kept.append((row["question"], row["chosen"], row["rejected"], image.read_bytes() if image else None))
+    assert longest == MOST, "no row stands at the limit, where a mistake would show"
     return kept[:count]
 
 

@@ -85,6 +85,15 @@ def test_deep_gray_is_scaled_and_not_clipped() -> None:
     )  # what clipping would do
 
 
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+@pytest.mark.parametrize("white", [255, 65535, 1_000_000])
+def test_gray_of_no_depth_of_its_own_is_scaled_by_what_it_holds(kind: str, white: int) -> None:
+    ramp = np.linspace(0, white, 64).reshape(8, 8).astype(kind)
+    data = encoded(Image.fromarray(ramp), "TIFF")
+    assert examine(data).changes == ("16_bit", "other_format")
+    assert np.abs(levels(decode_rgb(as_written(data, None)[0]))[:, :, 0] - ramp / white * 255).max() <= 1
+
+
 def test_deep_color_becomes_plain() -> None:
     ramp = np.linspace(0, 65535, 8 * 8 * 3).reshape(8, 8, 3).astype(">u2")
     data = png(8, 8, 16, 2, b"".join(b"\0" + ramp[row].tobytes() for row in range(8)))

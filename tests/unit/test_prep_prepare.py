@@ -165,6 +165,8 @@ def test_what_was_looked_at_is_not_looked_at_again(rows: list[Row | BadSample], 
     # As a kill in the middle of a line leaves it.
     with (tmp_path / "out" / ".preparation" / "survey.jsonl").open("a") as file:
         file.write('{"key": "k-00')
+    with pytest.raises(Stopped):
+        look(stop_at=35)
     look(stop_at=None)
     assert looked == [row.key for row in rows if isinstance(row, Row) and row.key != "k-0007"]
 

@@ -5,9 +5,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -36,7 +37,8 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     with ProcessPoolExecutor(workers, context, initializer=_attend) as pool:
         try:
             while chunk := list(islice(iterator, _CHUNK)):
-                waiting.append(pool.submit(_each, function, chunk))
+                with _undisturbed():
+                    waiting.append(pool.submit(_each, function, chunk))
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
             while waiting:
@@ -48,6 +50,16 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without Ctrl-C, which would part a worker that starts here from its pool; what starts ignores it from then on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _each(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:

@@ -86,9 +86,11 @@ def test_deep_gray_is_scaled_and_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int32", "float32"])
-@pytest.mark.parametrize("white", [255, 65535, 1_000_000])
-def test_gray_of_no_depth_of_its_own_is_scaled_by_what_it_holds(kind: str, white: int) -> None:
-    ramp = np.linspace(0, white, 64).reshape(8, 8).astype(kind)
+@pytest.mark.parametrize(
+    ("highest", "white"), [(100, 255), (255, 255), (256, 65535), (40000, 65535), (65535, 65535), (1_000_000, 1_000_000)]
+)
+def test_gray_of_no_depth_of_its_own_is_scaled_by_what_it_holds(kind: str, highest: int, white: int) -> None:
+    ramp = np.linspace(0, highest, 64).reshape(8, 8).astype(kind)
     data = encoded(Image.fromarray(ramp), "TIFF")
     assert examine(data).changes == ("16_bit", "other_format")
     assert np.abs(levels(decode_rgb(as_written(data, None)[0]))[:, :, 0] - ramp / white * 255).max() <= 1

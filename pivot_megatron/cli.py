@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pivot: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pivot: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("pivot: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 1
 
 
@@ -141,11 +141,46 @@ def _add_data(verb: Any, verbs: Any) -> None:
     p.add_argument("--kind", choices=("pairs", "caption", "instruct"), default="pairs")
     p.add_argument("--seed", type=int, default=777)
     p.add_argument("--image-size", type=int, default=64)
+    p = verb("mmpr", _mmpr, "MMPR's preference pairs, selected as PIVOT does", group)
+    p.add_argument("source", type=Path, help="MMPR's folder or its meta.json; or one annotation jsonl, with --images")
+    p.add_argument("--images", type=Path, help="the folder that one annotation's image paths start from")
+    p.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder to count tokens with")
+    p.add_argument(
+        "--count", type=int, default=20000, help="pairs to keep, a prefix of any larger count's (default: 20000)"
+    )
+    p.add_argument("--seed", type=int, default=777, help="of the shuffle (default: 777)")
+    p.add_argument("--max-tokens", type=int, default=1500, help="of a question with either answer (default: 1500)")
+    p.add_argument("--sft", type=Path, metavar="DIR", help="also write the chosen answers of the same rows, for SFT")
+    _add_writing(p)
+    for name, text in (
+        ("llava", "LLaVA-558K, LLaVA-NeXT and their kin: a JSON list and a folder of images"),
+        ("onevision", "LLaVA-OneVision: parquet with images inside, or a YAML mixture of files"),
+        ("cambrian", "Cambrian-737K: JSON lines and a folder of images"),
+    ):
+        p = verb(name, _llava, f"{text}; each of the three commands takes what the others take", group)
+        p.add_argument(
+            "sources", type=Path, nargs="+", metavar="SOURCE", help="json, jsonl, parquet, folder of it, or YAML"
+        )
+        p.add_argument("--images", type=Path, help="the folder that image paths start from (default: the file's own)")
+        p.add_argument("--sampling", default="all", help="all, or first|end|random:N or :x%% of each source's rows")
+        p.add_argument("--seed", type=int, default=777, help="of what is taken at random (default: 777)")
+        p.set_defaults(count=None)
+        _add_writing(p)
     p = verb("index", _index, "write index.json for a folder of tars", group)
     p.add_argument("shards", type=Path)
     p = verb("inspect", _inspect, "what a folder of shards holds", group)
     p.add_argument("shards", type=Path)
     p.add_argument("--samples", type=int, default=3, help="samples to show (default: 3)")
+
+
+def _add_writing(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--out", type=Path, required=True, help="folder of shards; the same command goes on with half of one"
+    )
+    p.add_argument("--samples-per-shard", type=int, default=1000, help="at most; shards are balanced (default: 1000)")
+    p.add_argument("--reencode", type=int, metavar="QUALITY", help="every image as JPEG of this quality, 1 to 95")
+    p.add_argument("--longest-side", type=int, metavar="PIXELS", help="with --reencode, scale larger images down to it")
+    p.add_argument("--workers", type=int, help="processes for images, 0 for none besides this (default: one a core)")
 
 
 def _add_bench(verb: Any, verbs: Any) -> None:
@@ -278,6 +313,33 @@ def _synthetic(args: argparse.Namespace) -> int:
     else:
         write_conversations(args.out, args.count, args.seed, args.image_size, kind=args.kind)
     print(args.out)
+    return 0
+
+
+def _mmpr(args: argparse.Namespace) -> int:
+    from pivot_megatron.data_prep.commands import select_mmpr
+    from pivot_megatron.data_prep.mmpr import as_conversation
+    from pivot_megatron.data_prep.prepare import Output
+
+    selection = select_mmpr(args.source, args.images, args.tokenizer, args.max_tokens, args.seed)
+    return _prepare(args, selection, *([] if args.sft is None else [Output(args.sft, as_conversation)]))
+
+
+def _llava(args: argparse.Namespace) -> int:
+    from pivot_megatron.data_prep.commands import select_llava
+
+    return _prepare(args, select_llava(args.sources, args.images, args.sampling, args.seed))
+
+
+def _prepare(args: argparse.Namespace, selection: Any, *more: Any) -> int:
+    from pivot_megatron.data_prep.commands import reencoding
+    from pivot_megatron.data_prep.prepare import Output, Writing, prepare
+
+    outputs = (Output(args.out), *more)
+    how = reencoding(args.reencode, args.longest_side)
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    for line in prepare(selection, Writing(outputs, args.count, args.samples_per_shard, how, workers)):
+        print(line)
     return 0
 
 

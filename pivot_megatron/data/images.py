@@ -23,7 +23,7 @@ from pivot_megatron.errors import UserError
 Backend = Literal["pil", "torch"]
 
 # The formats data sets hold. Pillow knows many more, some of which start other programs on bytes nobody has vetted.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _PILLOW_MAJOR = int(PIL.__version__.partition(".")[0])
 _MODES: Mapping[int, str] = {2: "bilinear", 3: "bicubic"}
 _STEPS_NOT_DONE = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
@@ -134,7 +134,7 @@ def _torch_resize(pixels: npt.NDArray[np.uint8], to_height: int, to_width: int, 
 def image_size_of(file: BinaryIO) -> tuple[int, int]:
     """Width and height in pixels, from the head of an encoded image alone. Raises ImageError."""
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return image.size
     except Exception as error:
         raise ImageError(f"{type(error).__name__}: {error}") from error
@@ -143,7 +143,7 @@ def image_size_of(file: BinaryIO) -> tuple[int, int]:
 def decode_rgb(encoded: bytes) -> Image.Image:
     """Decode to an RGB image, transparency laid on white as transformers does. Raises ImageError."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             # Pillow itself only warns until twice its limit; one such image can stall a whole step on every rank.
             if limit is not None and image.width * image.height > limit:

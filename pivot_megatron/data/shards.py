@@ -15,7 +15,8 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,20 +108,12 @@ class ShardWriter:
 
         Raises UserError for a key that was written before or that WebDataset would split, and for another extension.
         """
-        if not key or "." in key or key.startswith(("/", "_")) or key.endswith("/"):
-            raise UserError(f"expected a key without dots, found {key!r}: WebDataset splits names at the first dot")
+        entry = _entry(key, image_bytes, extension, record, rejected_image)
         if key in self._keys:
             raise UserError(f"expected every key once, found {key!r} twice, writing to {self._directory}")
-        if image_bytes is not None and extension not in IMAGE_EXTENSIONS:
-            raise UserError(f"expected an image extension of {', '.join(IMAGE_EXTENSIONS)}, found {extension!r}")
         if self._tar is None or self._counts[-1] == self._samples_per_shard:
             self._close_tar()
             self._open_tar()
-        entry: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode("utf-8")}
-        if image_bytes is not None:
-            entry[extension] = image_bytes
-        if rejected_image is not None:
-            entry[_REJECTED + extension] = rejected_image
         self._tar.write(entry)
         self._keys.add(key)
         self._counts[-1] += 1
@@ -134,18 +127,15 @@ class ShardWriter:
             return
         shards = []
         for number, count in enumerate(self._counts):
-            final = self._directory / _shard_name(number)
-            _partial(final).replace(final)
+            final = shard_path(self._directory, number)
+            partial_path(final).replace(final)
             shards.append(_describe(final, count))
         _write_index_file(self._directory, shards)
 
     def _open_tar(self) -> None:
-        # Here and not at the top of the file: webdataset imports much of torch, and readers need none of it.
-        from webdataset.writer import TarWriter  # type: ignore[import-untyped]
-
-        path = _partial(self._directory / _shard_name(len(self._counts)))
+        path = partial_path(shard_path(self._directory, len(self._counts)))
         self._file = path.open("wb")
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, user="pivot", group="pivot")
+        self._tar = _tar_writer(self._file)
         self._counts.append(0)
 
     def _close_tar(self) -> None:
@@ -157,6 +147,21 @@ class ShardWriter:
     def _remove_partials(self) -> None:
         for path in self._directory.glob(f"shard-*.tar{_PARTIAL}"):
             path.unlink()
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Callable[[str, bytes | None, str, Mapping[str, Any]], None]]:
+    """One tar at `path`; what it yields adds a sample as `ShardWriter.write` does, and the bytes are the same.
+
+    For work that goes on where it was killed: the caller opens `partial_path`, renames, and indexes at the end. Keys are
+    not compared. Raises UserError.
+    """
+    with path.open("wb") as file:
+        tar = _tar_writer(file)
+        try:
+            yield lambda key, image, extension, record: tar.write(_entry(key, image, extension, record, None))
+        finally:
+            tar.close()  # before the file is, also where writing failed
 
 
 def write_index(directory: str | Path) -> Sequence[Shard]:
@@ -303,12 +308,35 @@ class _Span(io.RawIOBase):
         return count
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
+def shard_path(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:06d}.tar"
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """Where a shard is written until it is whole."""
     return path.with_name(path.name + _PARTIAL)
+
+
+def _tar_writer(file: IO[bytes]) -> Any:
+    # Here and not at the top of the file: webdataset imports much of torch, and readers need none of it.
+    from webdataset.writer import TarWriter  # type: ignore[import-untyped]
+
+    return TarWriter(file, encoder=False, mtime=0, user="pivot", group="pivot")
+
+
+def _entry(
+    key: str, image: bytes | None, extension: str, record: Mapping[str, Any], rejected_image: bytes | None
+) -> dict[str, Any]:
+    if not key or "." in key or key.startswith(("/", "_")) or key.endswith("/"):
+        raise UserError(f"expected a key without dots, found {key!r}: WebDataset splits names at the first dot")
+    if image is not None and extension not in IMAGE_EXTENSIONS:
+        raise UserError(f"expected an image extension of {', '.join(IMAGE_EXTENSIONS)}, found {extension!r}")
+    entry: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode("utf-8")}
+    if image is not None:
+        entry[extension] = image
+    if rejected_image is not None:
+        entry[_REJECTED + extension] = rejected_image
+    return entry
 
 
 def _describe(tar: Path, samples: int) -> Shard:

@@ -74,6 +74,12 @@ def _dinov2_giant(folder: Path) -> None:
     _saved(folder, Dinov2Model(Dinov2Config(**_SIZES, use_swiglu_ffn=True)), _CROPPED, "BitImageProcessor")
 
 
+def _dinov2_giant_padded(folder: Path) -> None:
+    """Its width, 272, is what transformers rounds to a multiple of eight, and no multiple of 128."""
+    config = Dinov2Config(**{**_SIZES, "hidden_size": 100}, use_swiglu_ffn=True)
+    _saved(folder, Dinov2Model(config), _CROPPED, "BitImageProcessor")
+
+
 def _vit(folder: Path) -> None:
     _saved(folder, ViTModel(ViTConfig(**_SIZES, intermediate_size=176)), _SQUARE, "ViTImageProcessor")
 
@@ -152,6 +158,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "clip": _clip,
     "dinov2": _dinov2,
     "dinov2-giant": _dinov2_giant,
+    "dinov2-giant-padded": _dinov2_giant_padded,
     "vit": _vit,
     "mae": _mae,
     "moco": _moco,

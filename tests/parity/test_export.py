@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import Dinov2Model, LlavaForConditionalGeneration, PreTrainedModel, ViTMAEModel, ViTModel
 
 from pivot_megatron.cli import main
 from pivot_megatron.config.schema import Component, Encoder, Layout, Model
@@ -117,6 +117,22 @@ def test_every_family_goes_back_to_its_own_library(family: Path, folders: tuple[
         assert torch.equal(whole.features(images), features)
     before = Library(arch, family).model.state_dict()
     assert all(torch.equal(whole.model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("vit", ViTModel), ("mae", ViTMAEModel), ("dinov2", Dinov2Model), ("dinov2-giant-padded", Dinov2Model)],
+)
+def test_the_names_in_transformers_memory_are_read_too(
+    name: str, theirs: type[PreTrainedModel], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A folder has the hub's names, unless it was saved under those that the module has in transformers 5."""
+    hub, memory = make(name, tmp_path / "hub"), tmp_path / "memory"
+    theirs.from_pretrained(hub).save_pretrained(memory, save_original_format=False)
+    shutil.copyfile(hub / hf.PROCESSOR, memory / hf.PROCESSOR)
+    stored, renamed = (set(load_file(folder / "model.safetensors")) for folder in (hub, memory))
+    assert any("attention.attention.query" in n for n in stored) and any("attention.q_proj" in n for n in renamed)
+    assert same_parameters(imported(tmp_path / "a", hub, folders[1]), imported(tmp_path / "b", memory, folders[1]))
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])

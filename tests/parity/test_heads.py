@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from pivot_megatron.config.schema import Dpo
-from pivot_megatron.convert.commands import import_checkpoint
+from pivot_megatron.convert.commands import export_checkpoint, import_assembled, import_checkpoint
+from pivot_megatron.convert.tiny_checkpoints import make_tokenizer
 from pivot_megatron.convert.verify import verify_checkpoint
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
-from tests.parity.reference import make_checkpoints, randomise
+from tests.parity.reference import CORPUS, make_checkpoints, randomise
+from tests.parity.test_export import same_parameters
 from tests.parity.test_training import check, reference_training, shares
 
 OBJECTIVE = Dpo(beta=0.3)
@@ -38,6 +41,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     torch.manual_seed(2)
     Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
+    make_tokenizer(CORPUS, 300).save_pretrained(folder / "qwen3")
     randomise(folder / "qwen3", 4)
     return encoder, folder / "qwen3"
 
@@ -53,3 +57,24 @@ def test_training_equals_transformers(layout, world, workers: Workers, folders: 
 def test_import_and_verify(folders: tuple[Path, Path], tmp_path: Path) -> None:
     import_checkpoint(*folders, tmp_path / "checkpoint", None, 5)
     assert verify_checkpoint(tmp_path / "checkpoint", *folders).passed
+
+
+@matrix.layouts(matrix.TP2_PP2)
+def test_round_trip_is_bit_exact(layout, world, workers: Workers, folders: tuple[Path, Path]) -> None:
+    wanted = load_file(folders[1] / "model.safetensors")
+    for found in workers.run(jobs.round_trip, layout, world, *folders):
+        assert {n for n in found if n.startswith(("model.", "lm_head."))} == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_an_assembled_model_and_back(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    import_checkpoint(*folders, tmp_path / "checkpoint", None, 5)
+    export_checkpoint(tmp_path / "checkpoint", "mllm", tmp_path / "llava", "drop", None)
+    import_assembled(tmp_path / "llava", tmp_path / "again", None)
+    assert same_parameters(tmp_path / "checkpoint", tmp_path / "again")
+    model, told = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    loaded = model.model.language_model.state_dict()
+    for name, tensor in load_file(folders[1] / "model.safetensors").items():
+        found = model.lm_head.weight if name == "lm_head.weight" else loaded[name.removeprefix("model.")]
+        assert torch.equal(found, tensor), name

@@ -1,0 +1,114 @@
+"""What a wrong table does: a checkpoint made by the right one comes back otherwise in just the tensors that it names wrongly."""
+
+from __future__ import annotations
+
+import unittest.mock
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pivot_megatron.convert import export
+from pivot_megatron.convert.commands import import_checkpoint
+from pivot_megatron.convert.export import Trained
+from pivot_megatron.convert.plan import component_rows
+from pivot_megatron.convert.store import describe
+from pivot_megatron.convert.stream import CheckpointParameters
+from pivot_megatron.families.table import Copy, FuseQKV, Row
+from pivot_megatron.model.composition import Architecture
+from tests.parity.reference import make_checkpoints
+
+Rows = tuple[Row, ...]
+LAYERS = {"encoder": "vision_model.encoder.layers.", "llm": "model.layers."}
+
+
+@dataclass(frozen=True)
+class Transposed(Copy):
+    def unfuse(self, shard: Tensor) -> list[Tensor]:
+        return [shard.t()]
+
+
+def swapped(rows: Rows) -> Rows:
+    """Query and key exchanged."""
+    return tuple(
+        replace(row, hf=(row.hf[1], row.hf[0], row.hf[2])) if isinstance(row.transform, FuseQKV) else row
+        for row in rows
+    )
+
+
+def transposed(rows: Rows) -> Rows:
+    """The square weight past attention the other way round, in layer 2."""
+    name = "decoder.layers.2.self_attention.linear_proj.weight"
+    return tuple(replace(row, transform=Transposed(1)) if row.megatron == name else row for row in rows)
+
+
+def shifted(rows: Rows) -> Rows:
+    """Layer 0 under layer 1's names, and the other way round."""
+    other = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
+
+    def renamed(name: str) -> str:
+        found = next((layer for layer in other if layer in name), None)
+        return name if found is None else name.replace(found, other[found])
+
+    return tuple(replace(row, hf=tuple(map(renamed, row.hf))) for row in rows)
+
+
+def without_bias(rows: Rows) -> Rows:
+    return tuple(row for row in rows if row.megatron != "decoder.layers.0.self_attention.linear_qkv.bias")
+
+
+# How a table is tampered with; which tensors of a layer come back otherwise, and which not at all.
+CASES: dict[str, tuple[Callable[[Rows], Rows], Callable[[str], bool], Callable[[str], bool]]] = {
+    "right": (lambda rows: rows, lambda _: False, lambda _: False),
+    "swapped": (swapped, lambda name: "q_proj" in name or "k_proj" in name, lambda _: False),
+    "transposed": (
+        transposed,
+        lambda name: name in ("2.self_attn.out_proj.weight", "2.self_attn.o_proj.weight"),
+        lambda _: False,
+    ),
+    "shifted": (shifted, lambda name: name.startswith(("0.", "1.")), lambda _: False),
+    "no bias": (
+        without_bias,
+        lambda _: False,
+        lambda name: name in tuple(f"0.self_attn.{x}_proj.bias" for x in "qkv"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Encoder, head, and the checkpoint of both."""
+    folder = tmp_path_factory.mktemp("tampering")
+    encoder, head = make_checkpoints(folder)
+    import_checkpoint(encoder, head, folder / "checkpoint", None, 5)
+    return encoder, head, folder / "checkpoint"
+
+
+@pytest.mark.parametrize("component", list(LAYERS))
+@pytest.mark.parametrize("case", CASES)
+def test_the_round_trip_shows_just_what_is_wrong(case: str, component: str, folders: tuple[Path, Path, Path]) -> None:
+    tamper, differ, lack = CASES[case]
+    encoder, head, checkpoint = folders
+    arch = describe(checkpoint).architecture()
+    stored = load_file((encoder if component == "encoder" else head) / "model.safetensors")
+    built = {part for row in component_rows(arch, component) for part in row.hf}
+
+    def tampered(arch: Architecture, component: str) -> Rows:
+        return tamper(component_rows(arch, component))
+
+    with unittest.mock.patch.object(export, "component_rows", tampered):
+        found = dict(Trained(arch, CheckpointParameters(checkpoint / "tensors")).parts(component, None))
+    assert found.keys() <= built
+    assert built - found.keys() == {name for name in built if in_layer(name, component, lack)}
+    wrong = {name for name, tensor in found.items() if not torch.equal(tensor, stored[name])}
+    assert wrong == {name for name in built if in_layer(name, component, differ)}
+
+
+def in_layer(name: str, component: str, said: Callable[[str], bool]) -> bool:
+    """Of a tensor of a layer, what is said of its name behind the layer's prefix."""
+    prefix = LAYERS[component]
+    return name.startswith(prefix) and said(name.removeprefix(prefix))

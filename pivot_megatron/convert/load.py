@@ -221,6 +221,8 @@ def check_layout_fits(arch: Architecture, layout: Layout) -> None:
             ("encoder FFN width", arch.encoder.padded_ffn),
             ("LLM heads", arch.head.heads),
             ("LLM FFN width", arch.head.ffn),
+            ("LLM width", arch.head.hidden),
+            ("LLM vocabulary, padded", arch.head.padded_vocabulary),
         )
         if count % layout.tensor
     ]

@@ -5,6 +5,7 @@ megatron-core's own format: what is written here loads at any layout, and what a
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,8 @@ class CheckpointParameters:
             offsets[0], sizes[0] = layer, 1
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [chunk])
+        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
+            raise UserError(f"{self.folder}: expected the whole of {name}, found a part of it or nothing")
         # What lies there in one piece is not copied once more, as the reader's own read_data would.
         found = self._piece(items[0]) if len(items) == 1 else self._joined(items, sizes, stored.properties.dtype)
         return found if layer is None else found[0]

@@ -13,7 +13,7 @@ from pivot_megatron.families.vision import Names, vision_table
 MODEL_TYPES = ("dinov2",)
 HF_CLASS = "Dinov2Model"
 HF_PREFIX = "dinov2."
-# Hub files have the first spelling, a fresh save of transformers 5 the second.
+# Files have the first spelling; modules of transformers 5 have the second, and so have files saved as they stand there.
 ALIASES = (
     ("attention.attention.query", "attention.q_proj"),
     ("attention.attention.key", "attention.k_proj"),

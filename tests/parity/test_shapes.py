@@ -130,7 +130,8 @@ def test_heads(name: str) -> None:
     size, said = case.refused
     with pytest.raises(UserError) as refusal:
         check_layout_fits(arch, Layout(tensor=size))
-    assert str(refusal.value) == f"layout.tensor: {said} must divide by it, found {size}"
+    assert str(refusal.value).endswith(f"must divide by it, found {size}")
+    assert all(part in str(refusal.value) for part in said.split(", "))
 
 
 def test_every_head_family_has_a_true_size() -> None:

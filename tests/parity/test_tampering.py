@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pivot_megatron.convert import export
+from pivot_megatron.convert import export, load
 from pivot_megatron.convert.commands import import_checkpoint
 from pivot_megatron.convert.export import Trained
 from pivot_megatron.convert.plan import component_rows
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
+from pivot_megatron.errors import UserError
 from pivot_megatron.families.table import Copy, FuseQKV, Row
 from pivot_megatron.model.composition import Architecture
 from tests.parity.reference import make_checkpoints
@@ -112,3 +113,17 @@ def in_layer(name: str, component: str, said: Callable[[str], bool]) -> bool:
     """Of a tensor of a layer, what is said of its name behind the layer's prefix."""
     prefix = LAYERS[component]
     return name.startswith(prefix) and said(name.removeprefix(prefix))
+
+
+def test_a_layer_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
+    folders = make_checkpoints(tmp_path / "hf")
+    lost = "decoder.layers.0.self_attention.linear_qkv.bias"
+    rows = load.component_rows
+
+    def without(arch: Architecture, component: str) -> tuple[Row, ...]:
+        return tuple(row for row in rows(arch, component) if component != "llm" or row.megatron != lost)
+
+    with unittest.mock.patch.object(load, "component_rows", without):
+        import_checkpoint(*folders, tmp_path / "checkpoint", None, 5)
+    with pytest.raises(UserError, match=f"expected the whole of llm.{lost}"):
+        CheckpointParameters(tmp_path / "checkpoint" / "tensors").read(f"llm.{lost}")

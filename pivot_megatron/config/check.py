@@ -129,6 +129,8 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield from _losses(objective)
         if config.data.too_long == "truncate":
             yield "data.too_long: `truncate` would cut answers whose whole log-prob DPO compares; use `drop`"
+    if not 0 <= config.data.max_bad_share <= 1:
+        yield f"data.max_bad_share: must be in [0, 1], found {config.data.max_bad_share}"
     if config.data.sequence_length < 1:
         yield f"data.sequence_length: must be positive, found {config.data.sequence_length}"
     if not config.data.shards:

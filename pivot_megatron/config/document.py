@@ -66,6 +66,8 @@ _MEANINGS: Mapping[str, str] = {
     "Data.sequence_length": "most tokens of a prompt with one answer, image tokens counted",
     "Data.too_long": "what becomes of a longer sample; DPO only drops",
     "Data.image_backend": "what resizes images: `pil` is bit for bit Hugging Face's slow processor, `torch` is faster",
+    "Data.on_bad_sample": "a broken sample stops the run with its name, or is left out, counted and named in `dropped.jsonl`",
+    "Data.max_bad_share": "share of all samples that may be broken and skipped; past it the run stops even so; 0 to 1",
     "Optimizer.learning_rate": "peak, of parameters that no rule scales",
     "Optimizer.minimum_learning_rate": "where a cosine schedule ends",
     "Optimizer.schedule": "after the warm-up",

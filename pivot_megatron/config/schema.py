@@ -126,6 +126,8 @@ class Data(Strict):
     sequence_length: int = 2048
     too_long: Literal["drop", "truncate"] = "drop"
     image_backend: Literal["pil", "torch"] = "torch"
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    max_bad_share: float = 0.01
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class HfTensors:
         return cut
 
 
-SHARD_BYTES = 3 << 27
+SHARD_BYTES = 1 << 28
 """Of one safetensors file of several, and so the most that a folder's writing holds in memory, but for a larger tensor."""
 
 

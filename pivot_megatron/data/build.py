@@ -96,6 +96,7 @@ def build_loader(
         rank=rank,
         size=size,
         with_images=with_images,
+        skip_bad=config.data.on_bad_sample == "skip",
     )
 
 

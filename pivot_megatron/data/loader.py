@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -83,20 +82,38 @@ class PairSet:
 
 @dataclass(frozen=True)
 class Dropped:
+    """A sample that is left out: one that does not fit, or a `bad` one. `index`: its place in the set."""
+
+    index: int
     key: str
     reason: str
     detail: str
+    bad: bool
+
+    @classmethod
+    def of(cls, index: int, error: BadSample) -> Dropped:
+        return cls(index, error.key, error.reason, error.detail, not isinstance(error, DoesNotFit))
+
+
+Chosen = tuple[int, Tokenized]
+"""A sample by its place in the set, and its tokens."""
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One data-parallel rank's share of a global batch. `keys_digest` is of the whole global batch, in order."""
+    """One data-parallel rank's share of a global batch. `keys_digest` is of the whole global batch, in order.
+
+    `chosen`: the samples of each micro-batch. `dropped`: what every rank left out, told by the first; `bad`: what this one
+    alone did, for it decodes its images.
+    """
 
     step: int
     micro_batches: tuple[PackedBatch, ...]
     dropped: tuple[Dropped, ...]
     keys_digest: str
-    fitting: int  # samples of the global batch that are trained on
+    fitting: int  # samples of the global batch whose text fits
+    chosen: tuple[tuple[Chosen, ...], ...]
+    bad: tuple[Dropped, ...]
 
     @property
     def samples(self) -> int:
@@ -111,7 +128,8 @@ class Loader:
 
     A sample that does not fit leaves its place in the batch empty, so that neither the order nor any other rank depends on
     it: losses are sums over what is there. Whether it fits is seen from its text, so every rank decides alike. A sample that
-    is broken stops the run with its name.
+    is broken stops the run with its name, or leaves its place empty too where `skip_bad`: one whose image is broken on the
+    ranks that decode it, which others follow by `without`.
     """
 
     samples: PairSet
@@ -128,6 +146,7 @@ class Loader:
     size: int
     with_images: bool
     reference: Sequence[ReferenceFile] = ()
+    skip_bad: bool = False
 
     def steps(self, first: int, last: int) -> Iterator[StepData]:
         """Steps `first` to `last` (exclusive), two ahead of what is asked for."""
@@ -151,22 +170,43 @@ class Loader:
 
     def _loaded(self, step: int, indices: Sequence[int], digest: str) -> StepData:
         """Every rank tokenizes the whole batch, for the plan follows from all lengths, and reads its own share's images."""
-        fitting: list[tuple[int, Tokenized]] = []
+        fitting: list[Chosen] = []
         dropped: list[Dropped] = []
         for index in indices:
             try:
                 fitting.append((index, self.tokenized(index)))
-            except DoesNotFit as bad:
-                dropped.append(Dropped(bad.key, bad.reason, bad.detail))
+            except BadSample as bad:
+                dropped.append(self._left_out(index, bad))
         sizes = [Size(sample.length, sample.sequences, self.flops(sample)) for _, sample in fitting]
         plan = plan_micro_batches(sizes, self.size, self.micro_tokens, self.micro_images)
-        batches = [self._micro_batch([fitting[i] for i in chosen]) for chosen in plan[self.rank]]
-        return StepData(step, tuple(batches), tuple(dropped) if self.rank == 0 else (), digest, len(fitting))
+        share = [[fitting[i] for i in chosen] for chosen in plan[self.rank]]
+        batches, kept, bad_ones = self._micro_batches(share)
+        told = tuple(dropped) if self.rank == 0 else ()
+        return StepData(step, batches, told, digest, len(fitting), kept, bad_ones)
+
+    def without(self, data: StepData, indices: Collection[int]) -> StepData:
+        """`data` but for these samples."""
+        share = [[one for one in chosen if one[0] not in indices] for chosen in data.chosen]
+        batches, kept, _ = self._micro_batches(share)
+        return replace(data, chosen=kept, micro_batches=batches)
+
+    def with_reference(self, data: StepData) -> StepData:
+        """`data` with its reference log-probs, where this loader has them."""
+        if not self.reference:
+            return data
+        found = map(self._reference, data.chosen)
+        batches = (replace(batch, reference=logps) for batch, logps in zip(data.micro_batches, found, strict=True))
+        return replace(data, micro_batches=tuple(batches))
 
     def tokenized(self, index: int) -> Tokenized:
-        """Raises DoesNotFit for a sample that is too long, RunError for one that is wrong."""
-        with _named():
-            return self.tokenize(self.samples.read(index, images=False), self._views(index))
+        """Raises DoesNotFit for a sample that is too long, BadSample for one that is wrong."""
+        return self.tokenize(self.samples.read(index, images=False), self._views(index))
+
+    def _left_out(self, index: int, bad: BadSample) -> Dropped:
+        """Raises RunError for a broken sample that is not to be skipped."""
+        if not isinstance(bad, DoesNotFit) and not self.skip_bad:
+            raise RunError(f"data.shards: {bad}; mend or remove it, or set data.on_bad_sample: skip") from None
+        return Dropped.of(index, bad)
 
     def _views(self, index: int) -> list[View] | None:
         """Of a sample's images, None where all images' are one and the same."""
@@ -175,25 +215,41 @@ class Loader:
         try:
             return [self.images.view(*size) for size in self.samples.image_sizes(index)]
         except ImageError as error:
-            raise _bad_image(self.samples.key(index), error) from None
+            raise BadSample(self.samples.key(index), "bad_image", str(error)) from None
 
-    def _micro_batch(self, chosen: Sequence[tuple[int, Tokenized]]) -> PackedBatch:
-        pixels: list[torch.Tensor] = []
+    def _micro_batches(
+        self, share: Sequence[Sequence[Chosen]]
+    ) -> tuple[tuple[PackedBatch, ...], tuple[tuple[Chosen, ...], ...], tuple[Dropped, ...]]:
+        """Batches, what each is made of, and what cannot be decoded."""
+        bad: list[Dropped] = []
+        made = [self._micro_batch(chosen, bad) for chosen in share]
+        return tuple(batch for batch, _ in made), tuple(kept for _, kept in made), tuple(bad)
+
+    def _micro_batch(self, chosen: Sequence[Chosen], bad: list[Dropped]) -> tuple[PackedBatch, tuple[Chosen, ...]]:
+        kept: list[Chosen] = []
         index: list[int] = []
-        known: dict[bytes, int] = {}
+        known: dict[bytes, tuple[int, torch.Tensor]] = {}
         for at, sample in chosen:
-            for image in self._images(at, len(sample.images)):
-                # Samples over one and the same image share its pass through the encoder.
-                digest = hashlib.blake2b(image, digest_size=16).digest() if image else len(index).to_bytes(8, "big")
-                if digest not in known:
-                    known[digest] = len(pixels)
-                    pixels.append(self._pixels(sample.key, image))
-                index.append(known[digest])
-        samples = [sample for _, sample in chosen]
-        batch = pack(samples, pixels, self.tokenize.branches, self.pack_multiple, index)
-        return replace(batch, reference=self._reference(chosen)) if self.reference else batch
+            fresh = dict(known)
+            places: list[int] = []
+            try:
+                for image in self._images(at, len(sample.images)):
+                    # Samples over one and the same image share its pass through the encoder.
+                    number = len(index) + len(places)
+                    digest = hashlib.blake2b(image, digest_size=16).digest() if image else number.to_bytes(8, "big")
+                    if digest not in fresh:
+                        fresh[digest] = len(fresh), self._pixels(sample.key, image)
+                    places.append(fresh[digest][0])
+            except BadSample as error:
+                bad.append(self._left_out(at, error))
+                continue
+            kept.append((at, sample))
+            known, index = fresh, [*index, *places]
+        pixels = [image for _, image in known.values()]
+        samples = [sample for _, sample in kept]
+        return pack(samples, pixels, self.tokenize.branches, self.pack_multiple, index), tuple(kept)
 
-    def _reference(self, chosen: Sequence[tuple[int, Tokenized]]) -> torch.Tensor:
+    def _reference(self, chosen: Sequence[Chosen]) -> torch.Tensor:
         found = [torch.zeros(0)]
         for index, sample in chosen:
             folder, position = self.samples.place(index)
@@ -204,13 +260,11 @@ class Loader:
         """The encoded images of a sample, in the order of its places; empty where this rank needs none."""
         if not self.with_images or not count:
             return [b""] * count
-        with _named():
-            sample = self.samples.read(index)
+        sample = self.samples.read(index)
         rejected = sample.rejected_image if isinstance(sample, Pair) else None
         images = [image for image in (sample.image, rejected) if image is not None]
         if isinstance(sample, Pair) and sample.image == rejected and sample.chosen.strip() == sample.rejected.strip():
-            bad = BadSample(sample.key, "identical_answers", "both answers and both images are the same")
-            raise RunError(f"data.shards: {bad}; mend or remove it")
+            raise BadSample(sample.key, "identical_answers", "both answers and both images are the same")
         return images[:count]
 
     def _pixels(self, key: str, image: bytes) -> torch.Tensor:
@@ -219,11 +273,7 @@ class Loader:
         try:
             return self.images.pixels(image, self.image_backend)
         except ImageError as error:
-            raise _bad_image(key, error) from None
-
-
-def _bad_image(key: str, error: ImageError) -> RunError:
-    return RunError(f"data.shards: sample {key}: bad_image: {error}; mend or remove it")
+            raise BadSample(key, "bad_image", str(error)) from None
 
 
 def _ahead(load: Callable[[T], StepData], arguments: Iterable[T]) -> Iterator[StepData]:
@@ -235,14 +285,3 @@ def _ahead(load: Callable[[T], StepData], arguments: Iterable[T]) -> Iterator[St
                 yield ahead.pop(0).result()
         for future in ahead:
             yield future.result()
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """A broken sample stops the run with its name; one that does not fit is the caller's to drop."""
-    try:
-        yield
-    except DoesNotFit:
-        raise
-    except BadSample as bad:
-        raise RunError(f"data.shards: {bad}; mend or remove it") from None

@@ -51,7 +51,8 @@ def decided_by(config: RunConfig, data: str) -> dict[str, str]:
     return {
         "seed": str(config.seed),
         "data.shards": data,
-        "data": str(dataclasses.replace(config.data, shards=())),
+        # Whether a broken sample stops the run may change where one did.
+        "data": str(dataclasses.replace(config.data, shards=(), on_bad_sample="stop", max_bad_share=0.0)),
         # By sorted keys: the order of a mapping in the YAML decides nothing.
         # Where the reference's log-probs come from decides nothing either.
         "objective": json.dumps({**asdict(config.objective), "reference": None}, sort_keys=True),

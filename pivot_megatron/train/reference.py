@@ -30,6 +30,7 @@ from pivot_megatron.runtime.distributed import (
     is_main_process,
     tensor_parallel_coordinates,
 )
+from pivot_megatron.train.agreement import agreed
 from pivot_megatron.train.step import forward_logprobs
 
 SAMPLES_A_PART = 1024  # what an interrupted pass loses at most
@@ -107,8 +108,9 @@ class ReferencePass:
 def _rows(model: VisionLanguageModel, loader: Loader, first: int, last: int) -> list[Row]:
     """Samples `first` to `last` of the loader's folder, on the main process; nothing elsewhere."""
     found: list[Row] = []
-    for data in loader.in_order(first, last):
-        found += (Row(dropped.key, bytes(16), None, None) for dropped in data.dropped)
+    for step in loader.in_order(first, last):
+        data = agreed(loader, step)
+        found += (Row(dropped.key, bytes(16), None, None) for dropped in (*data.dropped, *data.bad))
         found += _scored(data.micro_batches, forward_logprobs(model, data.micro_batches))
     rows = {row.key: row for part in gather_objects(found) for row in part}
     return [rows[loader.samples.key(index)] for index in range(first, last)] if is_main_process() else []

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,12 @@ class RunFolder:
         self._append(self._metrics, [line])
 
     def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
-        self._append(
-            self.dropped, [{"step": step, "key": d.key, "reason": d.reason, "detail": d.detail} for d in dropped]
-        )
+        self._append(self.dropped, [{"step": step, **asdict(d)} for d in dropped])
+
+    def bad_samples(self) -> set[int]:
+        """Places in the set of the broken samples that were skipped so far."""
+        lines = self.dropped.read_text().splitlines() if self.dropped.exists() else []
+        return {row["index"] for row in map(json.loads, lines) if row["bad"]}
 
     def _append(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         with path.open("a") as file:

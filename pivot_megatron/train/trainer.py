@@ -26,12 +26,14 @@ from pivot_megatron.runtime.attention import attention_in_use
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.runtime.distributed import (
     data_parallel,
+    from_main_process,
     gather_objects,
     is_first_stage,
     is_main_process,
     process_groups,
     tensor_parallel_coordinates,
 )
+from pivot_megatron.train.agreement import agreed
 from pivot_megatron.train.checkpoint import (
     Checkpointer,
     Progress,
@@ -64,6 +66,7 @@ class Session:
     checkpointer: Checkpointer
     standing: Progress
     done: int
+    bad: set[int]
 
 
 def train(config: RunConfig, report: Report = lambda *_: None) -> int:
@@ -73,6 +76,7 @@ def train(config: RunConfig, report: Report = lambda *_: None) -> int:
         made = dropped = 0
         for data, waited in _timed(session.loader.steps(session.done, session.steps)):
             started = time.perf_counter()
+            data = session.loader.with_reference(agreed(session.loader, data))
             result = train_step(
                 session.wrapped, session.optimization, session.objective, data.micro_batches, session.reference
             )
@@ -81,7 +85,8 @@ def train(config: RunConfig, report: Report = lambda *_: None) -> int:
             made += 1
             seconds = time.perf_counter() - started + waited
             dropped += _record(session, data, result, step_seconds=seconds, data_seconds=waited)
-            _require_finite(session, result)
+            _require_sound(session, result)
+            _require_few_bad(session)
             if session.done % config.checkpoints.every == 0 or session.done == session.steps:
                 _save(session)
             if is_main_process():
@@ -178,6 +183,7 @@ def _prepare(config: RunConfig) -> Session:
         checkpointer,
         standing,
         done,
+        from_main_process(folder.bad_samples() if is_main_process() else None),
     )
 
 
@@ -197,10 +203,11 @@ def _record(session: Session, data: StepData, result: StepResult, step_seconds: 
     """A line of metrics. Returns how many samples of the global batch were left out."""
     tokens = sum(batch.length for batch in data.micro_batches)
     padding = sum(batch.padding for batch in data.micro_batches)
-    first_stage_share = [(data.samples, tokens, padding, data.dropped)] if _speaks_for_replica() else []
+    first_stage_share = [(data.samples, tokens, padding, (*data.dropped, *data.bad))] if _speaks_for_replica() else []
     shares = [share for found in gather_objects(first_stage_share) for share in found]
     pairs, tokens, padding = (sum(share[i] for share in shares) for i in range(3))
     dropped: list[Dropped] = [d for share in shares for d in share[3]]
+    session.bad |= {d.index for d in dropped if d.bad}
     if not is_main_process():
         return len(dropped)
     session.folder.log(
@@ -215,6 +222,7 @@ def _record(session: Session, data: StepData, result: StepResult, step_seconds: 
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "dropped": len(dropped),
+            "bad": sum(d.bad for d in dropped),
             "keys": data.keys_digest,
             **result.metrics,
         }
@@ -229,7 +237,21 @@ def _speaks_for_replica() -> bool:
     return is_first_stage() and tensor_parallel_coordinates()[0] == 0
 
 
-def _require_finite(session: Session, result: StepResult) -> None:
+def _require_few_bad(session: Session) -> None:
+    most, samples = session.config.data.max_bad_share, len(session.loader.samples)
+    if len(session.bad) > most * samples:
+        raise RunError(
+            f"data.max_bad_share: {len(session.bad)} of {samples} samples are broken, more than the share {most:g} that may be "
+            f"skipped; {session.folder.dropped} names them"
+        )
+
+
+def _require_sound(session: Session, result: StepResult) -> None:
+    if not result.count:
+        raise RunError(
+            f"step {session.done}: none of its {session.config.batch.global_size} samples is sound, so it trains nothing; "
+            f"{session.folder.dropped} names them"
+        )
     if not (result.applied and torch.tensor([result.loss, result.grad_norm]).isfinite().all()):
         raise RunError(
             f"step {session.done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the run stops "

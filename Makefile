@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DALI := $(VENV)/.installed-dali
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 FOUND = $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null || echo none)
 
-.PHONY: help environment demo test test-slow check docs constraints clean
+.PHONY: help environment demo test test-slow test-long check docs constraints clean
 
 help:
 	@echo 'make demo         the whole recipe, small, on this machine'
 	@echo 'make test         the tests that take seconds'
 	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make test-long    fifty kills, two thousand steps, jobs that SLURM queues again'
 	@echo 'make check        lint, format, types, import rules'
 	@echo 'make docs         write docs/configuration.md from the schema'
 	@echo 'make constraints  write the versions of this environment into constraints.txt'
@@ -26,24 +28,28 @@ demo: $(STAMP)
 	$(BIN)/pivot demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not long"
 
-test-slow: $(STAMP)
+test-slow: $(DALI)
 	$(BIN)/pytest -m slow
+
+test-long: $(STAMP)
+	$(BIN)/pytest -m long
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck -x launch/*.sh launch/env/*.sh .ci/run
 
 docs: $(STAMP)
 	$(BIN)/python -m pivot_megatron.config.document > docs/configuration.md.part
 	mv docs/configuration.md.part docs/configuration.md
 
-constraints: $(STAMP)
+constraints: $(DALI)
 	$(BIN)/python tools/constraints.py constraints.txt
-	touch $(STAMP)
+	touch $(STAMP) $(DALI)
 
 # An environment of another Python, or one whose making was cut short, is made anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +57,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@test "$$($(BIN)/python -c 'import pip; $(VERSION)' 2>/dev/null)" = $(FOUND) || $(PYTHON) -m venv --clear $(VENV)
 	@echo 'installing into $(VENV) with Python $(FOUND): some minutes the first time'
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Beside torch as it stands: DALI brings 600 MB of its own, which only the slow tests need.
+$(DALI): $(STAMP)
+	@echo 'installing NVIDIA DALI into $(VENV)'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dali]'
 	@touch $@
 
 clean:

@@ -1,9 +1,19 @@
-"""The two kinds of failure that end a command with one line instead of a traceback."""
+"""The kinds of failure that end a command with one line instead of a traceback, and its exit code."""
 
 
 class UserError(Exception):
-    """Something a user can cause: the input or the configuration is wrong. Printed as one line, exit code 2."""
+    """Something a user can cause: the input or the configuration is wrong."""
+
+    exit_code = 2
 
 
 class RunError(Exception):
-    """Something that failed while running, with sound input. Printed as one line, exit code 1."""
+    """Something that failed while running, with sound input."""
+
+    exit_code = 1
+
+
+class RuleError(RunError):
+    """A run that one of its own rules ended. From the same checkpoint the same command would end the same way."""
+
+    exit_code = 3

@@ -16,8 +16,9 @@ from pivot_megatron.config.schema import Layout
 
 Job = Callable[..., Any]
 
-# Destroyed gloo groups leave their polling threads behind, some fifty a training job: soon they would take all the time.
-JOBS_A_PROCESS = 8
+# Destroyed gloo groups leave their polling threads behind, some fifty a training job: soon they would take all the time, and a
+# new process costs a fork.
+JOBS_A_PROCESS = 4
 
 
 def _free_port() -> int:
@@ -48,7 +49,9 @@ class Workers:
     without a layout, `job(*args)`, which makes its process groups itself."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Forked of a process that has imported what jobs need, which takes longer than most jobs.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pivot_megatron.train.trainer", "tests.parity.jobs", "tests.dist.runs"])
         self._workers: list[tuple[Any, Connection]] = []
         self._jobs = 0
 

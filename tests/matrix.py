@@ -25,11 +25,22 @@ PP2_DP2_OVERLAP = (
     4,
 )
 TP2_PP2 = ("TP2xPP2", Layout(tensor=2, pipeline=2), 4)
+PP4 = ("PP4", Layout(pipeline=4), 4)
+PP2_VPP2 = ("PP2xVPP2", Layout(pipeline=2, virtual_pipeline=2), 2)
+UNEVEN_PP2_VPP2 = ("PP2xVPP2-uneven", Layout(pipeline=2, virtual_pipeline=2, first_stage_layers=2), 2)
+PP2_VPP2_DP2_OVERLAP = (
+    "PP2xVPP2xDP2-overlap",
+    Layout(pipeline=2, virtual_pipeline=2, overlap_gradient_reduce=True, overlap_parameter_gather=True),
+    4,
+)
+TP2_PP2_VPP2 = ("TP2xPP2xVPP2", Layout(tensor=2, pipeline=2, virtual_pipeline=2), 4)
+TP2_DP2 = ("TP2xDP2", Layout(tensor=2), 4)
 TP4 = ("TP4", Layout(tensor=4), 4)  # more ranks than the tests' heads have key-value groups
 TP4_PP2 = ("TP4xPP2", Layout(tensor=4, pipeline=2), 8)
 
-FORWARD = (SINGLE, TP2, PP2, TP2_PP2, TP4)
-TRAINING = (SINGLE, TP2, PP2, UNEVEN_PP2, DP2, DP2_OVERLAP, DP2_BUCKETS, PP2_DP2_OVERLAP, TP2_PP2, TP4)
+FORWARD = (SINGLE, TP2, PP2, TP2_PP2, TP4, PP2_VPP2)
+TRAINING = (SINGLE, TP2, PP2, UNEVEN_PP2, PP2_VPP2, DP2, DP2_OVERLAP, DP2_BUCKETS, PP2_DP2_OVERLAP, TP2_PP2, TP4)
+MORE_TRAINING = (PP4, UNEVEN_PP2_VPP2, PP2_VPP2_DP2_OVERLAP, TP2_PP2_VPP2, TP2_DP2)  # left to the slow tests
 
 
 def layouts(*entries: tuple[str, Layout, int], slow: Sequence[tuple[str, Layout, int]] = ()) -> pytest.MarkDecorator:

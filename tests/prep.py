@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pivot_megatron.data.shards import ShardReader
+from pivot_megatron.data.shards import open_shards
 
 
 def picture(
@@ -60,5 +60,5 @@ def report(folder: Path) -> Any:
 
 
 def samples(folder: Path) -> list[Any]:
-    reader = ShardReader(folder)
+    reader = open_shards(folder)
     return [reader.read(position) for position in range(len(reader))]

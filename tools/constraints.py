@@ -1,6 +1,6 @@
 """Write the versions that this environment runs with into constraints.txt, and keep those of the other Python.
 
-Only what the project and its `dev` extra need is written, so packages installed by hand beside them stay out.
+Only what the project and its `dev` and `dali` extras need is written, so packages installed by hand beside them stay out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = """\
 """
 
 # CUDA libraries come with torch's CUDA build and must match it, whichever build a machine has.
-_CUDA = re.compile(r"(nvidia|cuda)-|triton$")
+_CUDA = re.compile(r"(nvidia-(?!dali|nvimgcodec)|cuda-)|triton$")
 _LINE = re.compile(r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version == "(\d+\.\d+)")?$')
 
 Versions = dict[str, dict[str, str]]
@@ -28,10 +28,10 @@ Versions = dict[str, dict[str, str]]
 
 
 def installed() -> dict[str, str]:
-    """Name to version of everything the project and its `dev` extra need here, local suffixes such as `+cpu` cut off."""
+    """Name to version of everything the project and its extras need here, local suffixes such as `+cpu` cut off."""
     found: dict[str, str] = {}
     done: set[tuple[str, str]] = set()
-    todo = [(PROJECT, ""), (PROJECT, "dev")]
+    todo = [(PROJECT, ""), (PROJECT, "dev"), (PROJECT, "dali")]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in done:

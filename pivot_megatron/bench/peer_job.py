@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pivot_megatron.bench.flops import PairLengths
 from pivot_megatron.bench.world import World
 from pivot_megatron.convert.store import describe
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5, render
-from pivot_megatron.data.loader import PairSet
-from pivot_megatron.data.order import step_indices
+from pivot_megatron.data.order import Order
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.sample import Sample
 from pivot_megatron.data.tokens import SampleTokenizer
 
@@ -88,10 +90,8 @@ def trl_job(world: World, setting: Setting, out: Path) -> dict[str, Any]:
 def samples_by_step(world: World, setting: Setting) -> list[list[Sample]]:
     """The pairs of the setting's steps, in the order our loader gives them."""
     samples = PairSet.open([world.pairs])
-    return [
-        [samples.read(index) for index in step_indices(step, setting.pairs_a_step, len(samples), setting.seed)]
-        for step in range(setting.steps)
-    ]
+    order = Order(np.arange(len(samples)), setting.seed)
+    return [[samples.read(index) for index in order.batch(step, setting.pairs_a_step)] for step in range(setting.steps)]
 
 
 def pair_lengths(world: World, setting: Setting) -> list[list[PairLengths]]:

@@ -15,7 +15,7 @@ import yaml
 from pivot_megatron.bench.peer_job import Setting, pivot_config, trl_job
 from pivot_megatron.bench.watched import Watched, run_watched
 from pivot_megatron.bench.world import World
-from pivot_megatron.data.loader import PairSet
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.reference import pass_seconds
 from pivot_megatron.train.run_folder import read_metrics
 

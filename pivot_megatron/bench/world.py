@@ -13,7 +13,7 @@ from PIL import Image
 from pivot_megatron.bench.shapes import Shape
 from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
-from pivot_megatron.data.shards import ShardWriter
+from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.errors import UserError
 
 _SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "po", "ri", "sa", "to", "vu")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pivot_megatron.config.schema import Component, Dpo, Layout, RunConfig
+from pivot_megatron.config.schema import Checkpoints, Component, Dpo, Faults, Layout, Precision, RunConfig
 
 
 def problems(config: RunConfig) -> list[str]:
     """Every broken rule as `dotted.path: what is wrong, what to do`; empty if the config can be run."""
-    return [*_components(config), *_batch(config), *_layout(config.layout), *_optimizer(config), *_objective(config)]
+    return [
+        *_components(config),
+        *_batch(config),
+        *_layout(config.layout),
+        *_precision(config.precision),
+        *_optimizer(config),
+        *_objective(config),
+        *_checkpoints(config.checkpoints),
+        *_faults(config.faults),
+    ]
 
 
 def _components(config: RunConfig) -> Iterator[str]:
@@ -61,18 +70,39 @@ def _batch(config: RunConfig) -> Iterator[str]:
 
 
 def _layout(layout: Layout) -> Iterator[str]:
-    for key in ("tensor", "pipeline"):
+    for key in ("tensor", "pipeline", "virtual_pipeline"):
         if getattr(layout, key) < 1:
             yield f"layout.{key}: must be at least 1, found {getattr(layout, key)}"
     for key in ("first_stage_layers", "last_stage_layers"):
         if getattr(layout, key) is not None and layout.pipeline == 1:
             yield f"layout.{key}: has a meaning only with pipeline > 1; leave it out"
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        yield "layout.virtual_pipeline: has a meaning only with pipeline > 1; leave it out"
     if layout.overlap_bucket_size is not None and layout.overlap_bucket_size < 1:
         yield f"layout.overlap_bucket_size: must be at least 1, found {layout.overlap_bucket_size}"
     if layout.cpu_threads is not None and layout.cpu_threads < 1:
         yield f"layout.cpu_threads: must be at least 1, found {layout.cpu_threads}"
     if layout.overlap_parameter_gather and not layout.overlap_gradient_reduce:
         yield "layout.overlap_parameter_gather: needs overlap_gradient_reduce: true"
+
+
+def _precision(precision: Precision) -> Iterator[str]:
+    fp8 = precision.fp8
+    if fp8 is None:
+        return
+    if precision.compute != "bf16":
+        yield f"precision.compute: FP8 layers take and give bf16, found {precision.compute}; set bf16, or precision.fp8: null"
+    if not (fp8.encoder or fp8.llm):
+        yield "precision.fp8: neither encoder nor llm is in FP8; set one of them true, or precision.fp8: null"
+    kept = {key: getattr(fp8, key) for key in ("first_layers_bf16", "last_layers_bf16")}
+    for key, layers in kept.items():
+        if layers < 0:
+            yield f"precision.fp8.{key}: must not be negative (0 keeps none), found {layers}"
+    if fp8.recipe == "delayed" and any(layers > 0 for layers in kept.values()):
+        yield (
+            "precision.fp8.recipe: `delayed` scales all layers of a model together and can keep none in bf16; "
+            "use tensorwise or blockwise, or set first_layers_bf16 and last_layers_bf16 to 0"
+        )
 
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
@@ -133,7 +163,43 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield f"data.max_bad_share: must be in [0, 1], found {config.data.max_bad_share}"
     if config.data.sequence_length < 1:
         yield f"data.sequence_length: must be positive, found {config.data.sequence_length}"
+    if config.data.workers < 0:
+        yield f"data.workers: must not be negative (0 is none), found {config.data.workers}"
     if not config.data.shards:
         yield "data.shards: at least one folder of shards, found none"
-    if config.checkpoints.every < 1 or config.checkpoints.keep < 1:
-        yield "checkpoints: every and keep must be at least 1"
+    for number, source in enumerate(config.data.shards):
+        if not source.weight > 0:
+            yield f"data.shards.{number}.weight: must be positive, found {source.weight}"
+        if source.most is not None and source.most < 1:
+            yield f"data.shards.{number}.most: must be at least 1, found {source.most}"
+        if "://" in source.folder and config.data.cache is None:
+            yield f"data.cache: needed for {source.folder}; set data.cache.folder to a folder on this machine's disk"
+    if config.data.cache is not None and not config.data.cache.gib > 0:
+        yield f"data.cache.gib: must be positive, found {config.data.cache.gib}"
+
+
+def _checkpoints(checkpoints: Checkpoints) -> Iterator[str]:
+    for key in ("every", "keep"):
+        if getattr(checkpoints, key) < 1:
+            yield f"checkpoints.{key}: must be at least 1, found {getattr(checkpoints, key)}"
+    stays = checkpoints.keep_every
+    if stays is not None and checkpoints.every >= 1 and (stays < 1 or stays % checkpoints.every):
+        yield f"checkpoints.keep_every: must be a multiple of every {checkpoints.every}, found {stays}"
+    if checkpoints.keep_best is not None and checkpoints.keep_best.count < 1:
+        yield f"checkpoints.keep_best.count: must be at least 1, found {checkpoints.keep_best.count}"
+    if not 0 < checkpoints.most_blocked <= 1:
+        yield f"checkpoints.most_blocked: must be above 0 and at most 1, found {checkpoints.most_blocked}"
+
+
+def _faults(faults: Faults) -> Iterator[str]:
+    if faults.most_skipped < 0:
+        yield f"faults.most_skipped: must not be negative (0 stops at the first), found {faults.most_skipped}"
+    for key in ("spike_factor", "straggler_factor"):
+        if (factor := getattr(faults, key)) is not None and factor <= 1:
+            yield f"faults.{key}: must be more than 1, found {factor}"
+    for key in ("spike_window", "straggler_steps"):
+        if (count := getattr(faults, key)) < 1:
+            yield f"faults.{key}: must be at least 1, found {count}"
+    for key in ("seconds_to_hang", "seconds_for_files", "seconds_silent"):
+        if (seconds := getattr(faults, key)) <= 0:
+            yield f"faults.{key}: must be positive, found {seconds}"

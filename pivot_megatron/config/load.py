@@ -39,6 +39,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def value_of(config: RunConfig, key: str) -> str:
+    """One dotted key as YAML writes it, such as `layout.tensor` or `data.shards.0.folder`. Raises UserError for one that is not
+    there."""
+    node: Any = yaml.safe_load(dump_config(config))
+    for part in key.split("."):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            raise UserError(
+                f"--key {key}: the config has no {part!r} there; `pivot show` without --key prints all of it"
+            )
+    text = yaml.safe_dump(node, sort_keys=False)
+    return text.removesuffix("...\n").rstrip("\n")
+
+
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to an equal config."""
     tree: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")

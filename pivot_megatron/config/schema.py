@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 
 class Strict:
@@ -75,6 +75,12 @@ class Model(Strict):
     projector: Component = field(default_factory=Component)
     anyres: AnyRes | None = None
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Those that its components start from."""
+        components: tuple[Component, ...] = (self.encoder, self.llm, self.projector)
+        return tuple(getattr(component, source) for component in components for source in component.sources)
+
 
 @dataclass(frozen=True)
 class ParameterRule(Strict):
@@ -118,14 +124,48 @@ class Dpo(Strict):
 
 
 @dataclass(frozen=True)
-class Data(Strict):
-    """`shards`: folders of tars with an index. `sequence_length` counts image tokens too, per branch with its prefix."""
+class Source(Strict):
+    """A folder of tars with an index, on this machine or behind a URL (`s3://bucket/folder`). Written as a text alone, it is
+    the whole folder, once an epoch.
 
-    shards: tuple[Path, ...]
+    `most`: of its samples, drawn by the run's seed, so many alone are used. `weight`: how often each of them stands in an epoch:
+    2 is twice, 0.25 is a quarter of them, drawn by the seed, 1.5 is each once and half of them again.
+    """
+
+    folder: str
+    weight: float = 1.0
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardCache(Strict):
+    """Where samples of remote shards are kept that were read: at most `gib` GiB, the longest unused going first. Reference
+    log-probs lie below it too, so where several nodes train on cached ones, they share this folder.
+    """
+
+    folder: Path
+    gib: float = 64.0
+
+
+def _source(value: Any) -> Any:
+    return {"folder": str(value)} if isinstance(value, str | Path) else value
+
+
+@dataclass(frozen=True)
+class Data(Strict):
+    """`sequence_length` counts image tokens too, per branch with its prefix.
+
+    `image_backend`: `dali` decodes JPEGs in RGB or grey by NVIDIA DALI, on the GPU where there is one, and takes all else as
+    `torch` does. `workers` change neither the batches nor their order.
+    """
+
+    shards: tuple[Annotated[Source, BeforeValidator(_source)], ...]
+    cache: ShardCache | None = None
     template: Literal["qwen_1_5", "plain", "tokenizer"] = "qwen_1_5"
     sequence_length: int = 2048
     too_long: Literal["drop", "truncate"] = "drop"
-    image_backend: Literal["pil", "torch"] = "torch"
+    image_backend: Literal["pil", "torch", "dali"] = "torch"
+    workers: int = 4
     on_bad_sample: Literal["stop", "skip"] = "stop"
     max_bad_share: float = 0.01
 
@@ -160,6 +200,8 @@ class Layout(Strict):
     """Parallelism. Data parallelism is what the number of processes leaves. Sequence parallelism goes with tensor > 1.
 
     `cpu_threads`: of each process, where the model runs on CPU; null is its share of the machine's cores.
+    `virtual_pipeline`: chunks of LLM layers on each pipeline stage, visited in turn, which fills a pipeline sooner and
+    sends more (megatron-core's interleaved schedule).
     `overlap_bucket_size`: parameters that are reduced or gathered together where that overlaps; null lets megatron-core choose.
     `first_stage_layers` / `last_stage_layers`: LLM layers on those pipeline stages, where the encoder (first) or the
     output layer (last) make an even split uneven in time.
@@ -167,6 +209,7 @@ class Layout(Strict):
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     overlap_gradient_reduce: bool = False
@@ -182,13 +225,51 @@ class Layout(Strict):
     def sequence_parallel(self) -> bool:
         return self.tensor > 1
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of a rank's micro-batches divides by: the interleaved schedule goes by groups of as many as stages."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    @property
+    def chunks(self) -> int | None:
+        """`virtual_pipeline` as megatron-core takes it: None where a stage is one piece."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
+
+
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+
+
+@dataclass(frozen=True)
+class Fp8(Strict):
+    """Which layers compute in FP8, by a Transformer Engine recipe: the four linears of each of their transformer layers. Written
+    as a text alone, it is the recipe. Attention, the projector, embeddings and the output layer stay in `compute`, and so does
+    all of a reference model.
+
+    `tensorwise` scales a tensor by its own largest value, `delayed` by that of earlier micro-batches, `blockwise` each 128 by
+    128 of a weight and each 128 of a token's values.
+    """
+
+    recipe: Fp8Recipe
+    encoder: bool = True
+    llm: bool = True
+    first_layers_bf16: int = 0
+    last_layers_bf16: int = 0
+
+
+def _fp8(value: Any) -> Any:
+    return {"recipe": value} if isinstance(value, str) else value
+
 
 @dataclass(frozen=True)
 class Precision(Strict):
-    """`fp8` names a Transformer Engine recipe; null leaves GEMMs in `compute`. Master weights and Adam are fp32."""
+    """`fp8` null leaves every GEMM in `compute`. Master weights and Adam are fp32."""
 
     compute: Literal["bf16", "fp32"] = "bf16"
-    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    fp8: Annotated[Fp8 | None, BeforeValidator(_fp8)] = None
+
+    def fp8_of(self, part: Literal["encoder", "llm"]) -> Fp8 | None:
+        """Null where `part` stays in `compute`."""
+        return self.fp8 if self.fp8 is not None and getattr(self.fp8, part) else None
 
 
 @dataclass(frozen=True)
@@ -200,11 +281,53 @@ class Recompute(Strict):
 
 
 @dataclass(frozen=True)
+class KeepBest(Strict):
+    """The `count` checkpoints with the smallest (or `largest`) mean of a metric over the steps since the checkpoint before."""
+
+    metric: str
+    count: int = 1
+    largest: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoints(Strict):
-    """`every` steps (and always at the end); the newest `keep` stay."""
+    """`every` steps (and always at the end). The newest `keep` stay, and what `keep_every` or `keep_best` asks for.
+
+    `asynchronous`: training goes on from a copy on the host, as large as what a process saves, while that is written; such a save
+    is put off for as long as the one before is being written, or where it would hold up training for more than
+    `most_blocked` of the time since that one began. The last step's never is.
+    """
 
     every: int = 100
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: KeepBest | None = None
+    asynchronous: bool = False
+    most_blocked: float = 0.05
+
+
+@dataclass(frozen=True)
+class Faults(Strict):
+    """What becomes of a step that would do harm, and of a process that does not get on.
+
+    A step whose loss or gradient norm is not finite is not applied: weights, optimizer and schedule stay as they are, the data
+    goes on, and `faults.jsonl` in the run's folder names step, samples, modules and parameters. With `spike_factor` f, neither
+    is one that spikes, measured against the medians of the last `spike_window` steps that were applied, once there are as
+    many: its loss lies above median + (f - 1) * max(|median|, 0.1), or its gradient norm above
+    f * max(median, optimizer.clip_gradient).
+
+    A process that gives no sign of life for `seconds_silent`, or holds the others up for longer than its time, ends the job and
+    is named; what every process was doing is then in the run's folder `stacks`.
+    """
+
+    most_skipped: int = 3
+    spike_factor: float | None = None
+    spike_window: int = 50
+    seconds_to_hang: float = 600.0
+    seconds_for_files: float = 1800.0
+    seconds_silent: float = 60.0
+    straggler_factor: float = 1.5
+    straggler_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -221,4 +344,5 @@ class RunConfig(Strict):
     precision: Precision = field(default_factory=Precision)
     recompute: Recompute = field(default_factory=Recompute)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    faults: Faults = field(default_factory=Faults)
     seed: int = 777

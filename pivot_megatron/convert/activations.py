@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from pivot_megatron.convert.hf import read_json
+from pivot_megatron.convert.processors import pinpoints
 from pivot_megatron.convert.reference import reference_encoder
 from pivot_megatron.convert.store import Description
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.data.views import View
 from pivot_megatron.families.architecture import EncoderArchitecture
-from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.model.composition import Architecture, VisionLanguageModel
 from pivot_megatron.runtime.device import current_platform
 
 ANSWER = 32
@@ -60,18 +62,17 @@ def _compared(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], toler
 
 
 @torch.no_grad()
-def encoder_activations(model: VisionLanguageModel, folder: Path, tolerance: float) -> Iterator[Check]:
-    """Every layer's output for one random image, and the features."""
+def encoder_activations(
+    model: VisionLanguageModel, folders: Architecture, folder: Path, tolerance: float
+) -> Iterator[Check]:
+    """Every layer's output for one random image, and the features. `folders`: the architecture of `folder`, which may have layers
+    past the model's."""
     arch, encoder = model.arch, model.arch.encoder
     theirs = reference_encoder(encoder.family, folder)
     pixels, grid = _random_image(encoder)
-    layers = next(
-        m
-        for m in theirs.model.modules()
-        if isinstance(m, torch.nn.ModuleList | torch.nn.Sequential) and len(m) == encoder.layers
-    )
+    layers = theirs.layers(folders.encoder.layers)
     outputs: list[Tensor] = []
-    expected = _layer_outputs(layers, lambda: outputs.append(theirs(pixels, grid)))
+    expected = _layer_outputs(layers, lambda: outputs.append(theirs([pixels], [grid])))
     model.eval()
     found = _layer_outputs(
         model.encoder.decoder.layers,
@@ -140,13 +141,15 @@ def _head_checks(
 def assembled_activations(
     model: VisionLanguageModel, description: Description, folder: Path, tolerance: float
 ) -> Iterator[Check]:
-    """The same for an assembled model: an image, wider than high where it is seen as tiles, then a text."""
+    """The same for an assembled model: an image, wider than high where it is seen as tiles, then a text. `description`: of the
+    `folder`'s model, at the checkpoint's features and resolution."""
     from transformers import AutoModelForImageTextToText
 
     theirs: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     config, arch = read_json(folder / "config.json"), model.arch
+    _at_resolution(theirs, arch)
     size, tiles = arch.encoder.image_size, arch.anyres is not None
     height, width = (size, 2 * size) if tiles else (size, size)
     view: View = description.image_views().view(width, height)
@@ -158,6 +161,7 @@ def assembled_activations(
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([[*ids[:4], *[image_token] * view.tokens, *ids[4:]]]),
         "pixel_values": squares[None] if tiles else squares,
+        "vision_feature_layer": description.feature_layer,
         **({"image_sizes": torch.tensor([[height, width]])} if tiles else {}),
     }
     logits: list[Tensor] = []
@@ -168,3 +172,15 @@ def assembled_activations(
     )
     expected = _layer_outputs(layers, lambda: logits.append(theirs(**inputs).logits))
     yield from _head_checks(model, sample, [squares], expected, logits[0], tolerance)
+
+
+def _at_resolution(theirs: Any, arch: Architecture) -> None:
+    """Has transformers' assembled model see images of the encoder's size, positions interpolated as it is called."""
+    vision, size = theirs.config.vision_config, arch.encoder.image_size
+    if vision.image_size == size:
+        return
+    tower = theirs.model.vision_tower
+    tower.forward = partial(tower.forward, interpolate_pos_encoding=True)
+    vision.image_size = size
+    if arch.anyres is not None:
+        theirs.config.image_grid_pinpoints = pinpoints(arch.anyres, size)

@@ -14,8 +14,8 @@ from typing import Any
 
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, HfTensors, read_json
-from pivot_megatron.convert.load import Source, at_resolution, may_be_left
-from pivot_megatron.convert.plan import COMPONENTS, part_shapes
+from pivot_megatron.convert.load import Source, at_resolution, may_be_left, require_whole
+from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.processors import pinpoints, select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.errors import UserError
@@ -34,15 +34,10 @@ class Assembled:
     description: Description
 
     def sources(self) -> dict[str, Source]:
-        """Of every component. Raises UserError for a tensor that none of them has a use for."""
+        """Of every component. Raises UserError where they are not those that config.json speaks of."""
         arch = self.description.architecture()
         tensors = {name: HfTensors(self.folder, partial(spellings_in, arch, name)) for name in COMPONENTS}
-        used = set().union(*(tensors[name].holding(part_shapes(arch, name)) for name in COMPONENTS))
-        for name in tensors["llm"].names():
-            if name not in used and not _may_be_left(arch, name):
-                raise UserError(
-                    f"{self.folder}: found a tensor {name} that config.json does not speak of; is it one model's?"
-                )
+        require_whole(arch, tensors, partial(_may_be_left, arch))
         config = self.description.encoder / "config.json"
         return {**tensors, "encoder": at_resolution(arch, tensors["encoder"], read_json(config), str(config))}
 

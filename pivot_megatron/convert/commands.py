@@ -11,47 +11,47 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.schema import Component, Encoder, Layout, Model, Precision, Recompute
 from pivot_megatron.convert.assembled import take_apart
 from pivot_megatron.convert.export import (
     Trained,
+    encoder_parts,
     export_encoder,
     export_mllm,
     require_assembled,
 )
-from pivot_megatron.convert.hf import PROCESSOR, read_json, write_folder
+from pivot_megatron.convert.hf import PROCESSOR, cannot_write, read_json, write_folder
 from pivot_megatron.convert.load import (
     Source,
-    check_layout_fits,
     component_parameters,
     hf_source,
     hf_tensors_of,
-    require_known,
 )
 from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.processors import mark_ids_and_processor, processor_file
+from pivot_megatron.convert.reference import lacking
+from pivot_megatron.convert.saving import Sums, save_whole
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import (
     Description,
     content_metadata,
     describe,
-    resolve_checkpoint,
-    save_whole,
-    tensor_dtype,
 )
 from pivot_megatron.convert.stream import CheckpointParameters, write_parameters
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import differences
 from pivot_megatron.families.registry import encoder_architecture
-from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
+from pivot_megatron.model.composition import Architecture, Stage, build_model
+from pivot_megatron.model.fit import require_fit
 from pivot_megatron.runtime.distributed import process_groups
 
 
 @contextmanager
-def whole_model(description: Description) -> Iterator[VisionLanguageModel]:
+def whole_model(description: Description) -> Iterator[Stage]:
     """The whole model in this process, fp32: every stored dtype (bf16, fp16, fp32) passes through it unchanged."""
     arch = description.architecture()
-    check_layout_fits(arch, Layout())
+    require_fit(arch, Layout())
     with process_groups(Layout(), seed=0):
         yield build_model(arch, Layout(), Precision("fp32"), Recompute())
 
@@ -66,10 +66,7 @@ def import_checkpoint(
     )
     description = describe_start(start)
     arch = description.architecture()
-    sources = {}
-    for name, folder in (("encoder", encoder), ("llm", llm)):
-        require_known(arch, name, hf_tensors_of(arch, name, folder))
-        sources[name] = hf_source(arch, name, folder)
+    sources = {name: hf_source(arch, name, folder) for name, folder in (("encoder", encoder), ("llm", llm))}
     write_import(description, sources, out, seed)
 
 
@@ -86,17 +83,17 @@ def write_import(description: Description, sources: Mapping[str, Source], out: P
     if out.exists():
         raise UserError(f"{out}: already exists; import to a new folder")
     arch = description.architecture()
-    check_layout_fits(arch, Layout())
-    if (description.encoder / PROCESSOR).exists():
+    require_fit(arch, Layout())
+    timms = "pretrained_cfg" in read_json(description.encoder / "config.json")
+    if timms or (description.encoder / PROCESSOR).exists():
         description.image_views()  # that it fits is seen now, not when a run begins
     parameters = [p for name in COMPONENTS for p in component_parameters(arch, name, sources.get(name), seed)]
-    dtype = next(p.dtype for p in parameters)
 
-    def write(folder: Path) -> None:
-        write_parameters(parameters, folder, content_metadata())
+    def write(folder: Path) -> Sums:
+        return write_parameters(parameters, folder, content_metadata())
 
     with process_groups(Layout(), seed=0):
-        save_whole(out, description, dtype, write)
+        save_whole(out, description, write)
 
 
 def export_checkpoint(
@@ -105,8 +102,9 @@ def export_checkpoint(
     out: Path,
     last_layer: Literal["drop", "original"],
     original: Path | None,
-) -> None:
-    """A checkpoint's (or a run's newest) encoder or whole model as a Hugging Face folder, whole or absent."""
+) -> list[str]:
+    """A checkpoint's (or a run's newest) encoder or whole model as a Hugging Face folder, whole or absent. Returns the names of
+    tensors that the library's class has and neither checkpoint nor `original` holds, such as a pooler past the features."""
     checkpoint = resolve_checkpoint(path)
     description = describe(checkpoint)
     if out.exists() and any(out.iterdir()):
@@ -118,25 +116,30 @@ def export_checkpoint(
         raise UserError("--original: is read where --part is encoder and --last-layer original; leave it out")
     if original is not None:
         _require_same(arch, original)
-    trained = Trained(arch, CheckpointParameters(checkpoint / "tensors"))
+    trained, lacks = Trained(arch, CheckpointParameters(checkpoint / "tensors")), list[str]()
     facts = {"checkpoint": str(checkpoint), "part": part, "feature_layer": description.feature_layer}
     if arch.encoder.native:
         facts["max_patches"] = description.max_patches  # none: the image processor's own
     else:
         facts["image_size"] = arch.encoder.image_size
-    with tempfile.TemporaryDirectory() as scratch:
-        if part == "mllm":
-            marks = mark_ids_and_processor(description, Path(scratch))
-            config, named = export_mllm(description, trained, marks)
-            files = [f for f in Path(scratch).iterdir() if f.is_file()]
-        else:
-            source = hf_tensors_of(arch, "encoder", original) if original else None
-            config, named = export_encoder(description, trained, last_layer, source, tensor_dtype(checkpoint))
-            facts |= {"last_layer": last_layer, "original": str(original) if original else None}
-            facts["features"] = _features(description, arch, last_layer)
-            processor = processor_file(description, Path(scratch))
-            files = [processor] if processor else []
-        _write(out, config, named, files, facts)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if part == "mllm":
+                marks = mark_ids_and_processor(description, Path(scratch))
+                config, named = export_mllm(description, trained, marks)
+                files = [f for f in Path(scratch).iterdir() if f.is_file()]
+            else:
+                source = hf_tensors_of(arch, "encoder", original) if original else None
+                config, named = export_encoder(description, trained, last_layer, source)
+                lacks = lacking(arch.encoder.family, config, encoder_parts(arch, source))
+                facts |= {"last_layer": last_layer, "original": str(original) if original else None, "lacks": lacks}
+                facts["features"] = _features(description, arch, last_layer)
+                processor = processor_file(description, Path(scratch))
+                files = [processor] if processor else []
+            _write(out, config, named, files, facts)
+    except OSError as error:  # of `out` itself it is told there
+        raise cannot_write(Path(tempfile.gettempdir()), error) from None
+    return lacks
 
 
 def _require_same(arch: Architecture, original: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pivot_megatron.convert.hf import HfTensors, read_json, with_chunks_joined
-from pivot_megatron.convert.plan import component_rows, join
+from pivot_megatron.convert.plan import COMPONENTS, component_rows, join
 from pivot_megatron.convert.processors import IMAGE, VIDEO, aspect_ratio, pinpoints, select_strategy
 from pivot_megatron.convert.store import Description
 from pivot_megatron.convert.stream import CheckpointParameters
@@ -23,25 +24,24 @@ Export = tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]
 """config.json, and tensors as they are read."""
 
 
-def stored_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a `config.json` says its tensors have."""
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if isinstance(name, str) else None
-
-
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's parameters as Hugging Face parts, one row of a component's table at a time."""
+    """A checkpoint's parameters as Hugging Face parts, one row of a component's table at a time, each in the dtype that the
+    checkpoint holds it in: what is written of them is never rounded."""
 
     arch: Architecture
     parameters: CheckpointParameters
 
-    def parts(self, component: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """In `dtype`, or as trained; chunks of one tensor apart."""
+    def parts(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """Chunks of one tensor apart."""
         for row in component_rows(self.arch, component):
             parameter = self.parameters.read(f"{component}.{row.megatron}")
-            for name, part in zip(row.hf, join(row.transform, [parameter]), strict=True):
-                yield name, part if dtype is None else part.to(dtype)
+            yield from zip(row.hf, join(row.transform, [parameter]), strict=True)
+
+    def widest_dtype(self, component: str) -> torch.dtype:
+        """In which every part keeps all its bits."""
+        rows = component_rows(self.arch, component)
+        return reduce(torch.promote_types, (self.parameters.dtype(f"{component}.{row.megatron}") for row in rows))
 
 
 def export_encoder(
@@ -49,25 +49,43 @@ def export_encoder(
     trained: Trained,
     last_layer: Literal["drop", "original"],
     original: HfTensors | None,
-    trained_dtype: torch.dtype = torch.float32,
 ) -> Export:
-    """The vision encoder under hub key names, in the dtype of the checkpoint it came from.
+    """The vision encoder under hub key names, no tensor rounded.
 
     `drop`: the layers up to the feature layer and nothing past it; features are `hidden_states[-1]`, or past the final norm
     where the family has them there. A norm that Hugging Face's class always has and nothing trained is the identity scale.
     `original`: what stands past the features comes from `original` unchanged, and so does every tensor that did not train:
     features are where they were before.
-    `trained_dtype`: in which the run held its weights; a tensor that is still the original rounded to it did not train.
     """
     arch = description.architecture()
     family = ENCODERS[arch.encoder.family]
     stored = read_json(description.encoder / "config.json")
-    parts = trained.parts("encoder", stored_dtype(stored))
+    parts, dtype = trained.parts("encoder"), trained.widest_dtype("encoder")
     if last_layer == "original" and original is None:
         raise UserError("--last-layer original: needs --original, the encoder folder that the run started from")
-    whole = _with_original(parts, original, family, arch, trained_dtype) if original else _alone(parts, family, arch)
-    layers = arch.encoder.layers if original else arch.encoder_layers
-    return family.export_config(stored, layers, original is not None, arch.encoder.image_size), whole
+    if original is not None:
+        dtype = torch.promote_types(dtype, original.widest_dtype())
+    tensors = _alone(parts, family, arch) if original is None else _with_original(parts, original, family, arch)
+    layers = arch.encoder_layers if original is None else arch.encoder.layers
+    config = family.export_config(stored, layers, original is not None, arch.encoder.image_size)
+    return _saying(dtype, config), tensors
+
+
+def _saying(dtype: torch.dtype, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the dtype that transformers loads its model in, by the key that it has; timm's has none."""
+    if "model_type" not in config:
+        return config
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, key: str(dtype).removeprefix("torch.")}
+
+
+def encoder_parts(arch: Architecture, original: HfTensors | None) -> list[str]:
+    """What an export of the encoder holds, by hub names, chunks of one tensor apart."""
+    family = ENCODERS[arch.encoder.family]
+    built = [part for row in component_rows(arch, "encoder") for part in row.hf]
+    if original is None:
+        return [*built, f"{family.NORM_PAST_FEATURES}.weight", f"{family.NORM_PAST_FEATURES}.bias"]
+    return [*built, *(_hub_name(name, family) for name in original.names())]
 
 
 def _alone(parts: Iterable[tuple[str, Tensor]], family: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -86,10 +104,9 @@ def _with_original(
     original: HfTensors,
     family: Any,
     arch: Architecture,
-    trained_dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     used = original.holding(part for row in component_rows(arch, "encoder") for part in row.hf)
-    yield from with_chunks_joined((n, as_stored(t, original.read(n), trained_dtype)) for n, t in parts)
+    yield from with_chunks_joined((n, as_stored(t, original.read(n))) for n, t in parts)
     for name in original.names():
         if name not in used and not name.removeprefix(family.HF_PREFIX).startswith(family.ELSEWHERE):
             yield _hub_name(name, family), original.read(name)
@@ -101,15 +118,15 @@ def _hub_name(stored: str, family: Any) -> str:
     return family.HF_PREFIX + bare if family.LAYER_PREFIX.startswith(family.HF_PREFIX) else bare
 
 
-def as_stored(trained: Tensor, original: Tensor, trained_dtype: torch.dtype) -> Tensor:
-    """`trained` in the original's dtype; the original's own bits where training in `trained_dtype` left it as it was.
+def as_stored(trained: Tensor, original: Tensor) -> Tensor:
+    """The original's own bits where `trained` is still the original, or the original rounded to the dtype that the run held it
+    in; else `trained`, in the original's dtype where that is as fine.
 
     One that has another shape by now, as positions of another resolution, is no longer the original's.
     """
-    if trained.shape != original.shape:
-        return trained.to(original.dtype)
-    unchanged = torch.equal(original.to(trained_dtype), trained.to(trained_dtype))
-    return original if unchanged else trained.to(original.dtype)
+    if trained.shape == original.shape and torch.equal(original.to(trained.dtype), trained):
+        return original
+    return trained.to(torch.promote_types(trained.dtype, original.dtype))
 
 
 _LLAVA_NAMES = {
@@ -149,9 +166,9 @@ def export_mllm(description: Description, trained: Trained, marks: Mapping[str, 
 
     arch, anyres = description.architecture(), description.anyres
     require_assembled(arch)
-    text = read_json(description.llm / "config.json")
+    text = _saying(trained.widest_dtype("llm"), read_json(description.llm / "config.json"))
     encoder_config, encoder = export_encoder(description, trained, "drop", None)
-    others = (trained.parts(name, stored_dtype(text)) for name in ("projector", "llm"))
+    others = (trained.parts(name) for name in ("projector", "llm"))
     tensors = ((_llava_name(name), tensor) for name, tensor in itertools.chain(encoder, *others))
     vision_type, text_type = encoder_config.pop("model_type"), text.pop("model_type")
     common: dict[str, Any] = {
@@ -176,4 +193,5 @@ def export_mllm(description: Description, trained: Trained, marks: Mapping[str, 
             architectures=["LlavaOnevisionForConditionalGeneration"],
         )
     config: dict[str, Any] = whole.to_dict()
-    return config, tensors
+    dtype = reduce(torch.promote_types, map(trained.widest_dtype, COMPONENTS))
+    return _saying(dtype, config), tensors

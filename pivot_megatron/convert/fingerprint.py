@@ -7,10 +7,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.schema import Component, Model
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.plan import COMPONENTS
-from pivot_megatron.convert.store import resolve_checkpoint
 
 
 def model_fingerprint(start: Model, seed: int) -> dict[str, str]:
@@ -26,9 +26,14 @@ def _component(component: Component, seed: int) -> str:
     if component.checkpoint is not None:
         return str(read_json(resolve_checkpoint(component.checkpoint) / "model.json")["id"])
     if component.hf is not None:
-        return _files([component.hf / "config.json", *sorted(component.hf.glob("*.safetensors"))])
+        return folder_fingerprint(component.hf)
     config = json.dumps(read_json(component.fresh / "config.json"), sort_keys=True) if component.fresh else ""
     return hashlib.sha256(f"fresh {seed} {config}".encode()).hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A digest (hex) of a Hugging Face folder's config and weights."""
+    return _files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def _files(paths: list[Path]) -> str:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pivot_megatron.convert.load import parameters_by_global_name
 from pivot_megatron.convert.plan import join, rows_by_parameter
-from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.model.composition import Stage
 
 
 @torch.no_grad()
-def hf_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
+def hf_tensors(model: Stage) -> dict[str, Tensor]:
     """Every Hugging Face tensor of every component, on the host. Collective: all ranks call it, each gets all tensors.
 
     Needs host memory for the whole model on every rank.

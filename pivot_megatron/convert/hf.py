@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pivot_megatron.checkpoints.folder import place_beside
 from pivot_megatron.convert.plan import Slice
 from pivot_megatron.errors import UserError
 
@@ -38,6 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a Hugging Face model folder at {path.parent}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from None
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path}: not JSON ({error}); was the download cut off?") from None
     if not isinstance(value, dict):
@@ -112,8 +116,13 @@ class HfTensors:
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
+                if _is_pickle(file):
+                    raise UserError(f"{file}: expected safetensors{_PICKLE_HINT.format(file.name)}") from None
                 raise UserError(f"{file}: not a whole safetensors file ({error}); was the copy cut off?") from None
         return self._open[file]
+
+    def has(self, name: str) -> bool:
+        return any(chunk_of(spelling)[0] in self._file_of for spelling in self._spellings(name))
 
     def stored_name(self, name: str) -> str:
         """The name under which the folder holds `name`; raises UserError if it holds it under none."""
@@ -156,6 +165,11 @@ class HfTensors:
             raise UserError(f"{self.folder}: {stored}: expected one of {', '.join(_DTYPES)}, found {kind}")
         return _DTYPES[kind]
 
+    def widest_dtype(self) -> torch.dtype:
+        """In which every tensor of the folder that is of numbers with a point keeps all its bits."""
+        kinds = {self._slice(stored).get_dtype() for stored in self._file_of}
+        return reduce(torch.promote_types, (_DTYPES[kind] for kind in sorted(kinds & _DTYPES.keys())))
+
     def release(self) -> None:
         """Close every file: what was read of them no longer counts as this process's memory."""
         self._open.clear()
@@ -176,8 +190,32 @@ class HfTensors:
         return cut
 
 
+def _is_pickle(file: Path) -> bool:
+    """By its first bytes, whatever it is called: torch.save writes a zip, and wrote a bare pickle before."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+
+
 SHARD_BYTES = 1 << 28
 """Of one safetensors file of several, and so the most that a folder's writing holds in memory, but for a larger tensor."""
+
+
+def cannot_write(out: Path, error: BaseException) -> UserError:
+    """By `out` alone: the files that an OSError names are those of the place beside it, or were only read."""
+    reason = (isinstance(error, OSError) and error.strerror) or (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{out}: cannot write ({reason}); is the disk full?")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """One of the small files beside weights. Raises UserError if `source` cannot be read, and OSError for what is wrong with
+    `target` alone."""
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source}: cannot read ({error.strerror})") from None
+    target.write_bytes(content)
 
 
 def write_folder(
@@ -195,19 +233,18 @@ def write_folder(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: already has files in it; export to a new folder")
     out = out.absolute()
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = place_beside(out)
     try:
         part.mkdir(parents=True)
         _write_tensors(part, tensors, shard_bytes)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in copied:
-            shutil.copyfile(file, part / file.name)
+            copy_file(file, part / file.name)
         if out.exists():
             out.rmdir()
         part.replace(out)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot write ({error}); is the disk full?") from None
+        raise cannot_write(out, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)  # there no more where all went well
 

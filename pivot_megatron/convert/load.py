@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-import re
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pivot_megatron.config.schema import Layout
 from pivot_megatron.convert.hf import HfTensors, read_json
 from pivot_megatron.convert.plan import (
     Slice,
@@ -29,24 +28,36 @@ from pivot_megatron.convert.stream import Parameter
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import ENCODERS, HEADS, encoder_architecture
 from pivot_megatron.families.table import Row, canonical, spellings
-from pivot_megatron.model.composition import Architecture, VisionLanguageModel
+from pivot_megatron.model.composition import Architecture, Stage, VisionLanguageModel
 from pivot_megatron.runtime.distributed import tensor_parallel_coordinates
 
 
-def parameters_by_global_name(model: VisionLanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This stage's parameters under canonical names with global layer numbers.
+def parameters_by_global_name(stage: Iterable[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A stage's parameters under canonical names with global layer numbers.
 
     The copy of tied embeddings on a last stage of its own is named as what it copies.
     """
-    first_llm_layer = model.llm.decoder.layers[0].layer_number - 1 if len(model.llm.decoder.layers) else 0
-    local, tied = "llm.decoder.layers.", model.arch.head.tied_embeddings
+    for model in stage:
+        yield from _parameters_of_chunk(model)
+
+
+def _parameters_of_chunk(model: VisionLanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    tied = model.arch.head.tied_embeddings
     for name, parameter in model.named_parameters():
-        if name.startswith(local):
-            layer, rest = name.removeprefix(local).split(".", 1)
-            name = f"{local}{int(layer) + first_llm_layer}.{rest}"
         if tied and name == "llm.output_layer.weight":
             name = "llm.embedding.word_embeddings.weight"
-        yield canonical(name), parameter
+        yield global_name(model, name), parameter
+
+
+def global_name(model: VisionLanguageModel, name: str) -> str:
+    """The canonical name, with the global layer number, of what is `name` in `model`, a chunk of a stage: a parameter or a
+    module."""
+    first_llm_layer = model.llm.decoder.layers[0].layer_number - 1 if len(model.llm.decoder.layers) else 0
+    local = "llm.decoder.layers."
+    if name.startswith(local):
+        layer, dot, rest = name.removeprefix(local).partition(".")
+        name = f"{local}{int(layer) + first_llm_layer}{dot}{rest}"
+    return canonical(name)
 
 
 class Source(Protocol):
@@ -105,12 +116,20 @@ def _family(arch: Architecture, component: str) -> Any:
 
 
 def hf_tensors_of(arch: Architecture, component: str, folder: Path) -> HfTensors:
+    """The folder's tensors. Raises UserError where they are not those that its config.json speaks of."""
     family = _family(arch, component)
-    return HfTensors(folder, partial(spellings, prefix=family.HF_PREFIX, aliases=family.ALIASES))
+    tensors = HfTensors(folder, partial(spellings, prefix=family.HF_PREFIX, aliases=family.ALIASES))
+    require_whole(
+        arch,
+        {component: tensors},
+        lambda name: may_be_left(arch, component, name.removeprefix(family.HF_PREFIX)),
+    )
+    return tensors
 
 
 def hf_source(arch: Architecture, component: str, folder: Path) -> Source:
-    """The folder's tensors, an encoder's positions at `arch`'s resolution."""
+    """The folder's tensors, an encoder's positions at `arch`'s resolution. Raises UserError where they are not those that its
+    config.json speaks of."""
     config = folder / "config.json"
     tensors = hf_tensors_of(arch, component, folder)
     return at_resolution(arch, tensors, read_json(config), str(config)) if component == "encoder" else tensors
@@ -125,14 +144,41 @@ def at_resolution(arch: Architecture, tensors: HfTensors, config: Mapping[str, A
     return ResizedPositions(tensors, name, encoder.places - encoder.tokens, encoder.grid)
 
 
-def require_known(arch: Architecture, component: str, tensors: HfTensors) -> None:
-    """Raises UserError naming a tensor of the folder that its config.json does not speak of."""
-    family, used = _family(arch, component), tensors.holding(part_shapes(arch, component))
-    for name in tensors.names():
-        if name not in used and not may_be_left(arch, component, name.removeprefix(family.HF_PREFIX)):
+def require_whole(arch: Architecture, tensors: Mapping[str, HfTensors], may_be_left: Callable[[str], bool]) -> None:
+    """Raises UserError naming a tensor that config.json promises and the folder lacks, past the features too, one that it does
+    not speak of, or one that it says is another's copy and is not.
+
+    `tensors`: the folder's, by component. `may_be_left`: of a name in the folder, whether it may stand there unused.
+    """
+    every_layer = dataclasses.replace(arch, feature_layer=-1)
+    used = set().union(*(found.holding(part_shapes(every_layer, name)) for name, found in tensors.items()))
+    folder, *_ = tensors.values()
+    for name in folder.names():
+        if name not in used and not may_be_left(name):
             raise UserError(
-                f"{tensors.folder}: found a tensor {name} that config.json does not speak of; are the two of one model?"
+                f"{folder.folder}: found a tensor {name} that config.json does not speak of; are the two of one model?"
             )
+    if arch.head.tied_embeddings and "llm" in tensors:
+        _require_tied(tensors["llm"])
+
+
+def _require_tied(tensors: HfTensors) -> None:
+    """A file may hold tied embeddings twice, but not two that differ."""
+    words, output = "model.embed_tokens.weight", "lm_head.weight"
+    if not tensors.has(output):
+        return
+    rows, *_ = shape = tensors.shape(words)
+    cuts = (
+        Slice(0, first, min(first + 4096, rows)) for first in range(0, rows, 4096)
+    )  # never two whole ones in memory
+    if shape != tensors.shape(output) or not all(
+        torch.equal(tensors.read(words, cut).float(), tensors.read(output, cut).float()) for cut in cuts
+    ):
+        raise UserError(
+            f"{tensors.folder}: {output}: expected {words} again, as config.json says tie_word_embeddings, found other numbers; "
+            "set that to false to keep both"
+        )
+    tensors.release()
 
 
 def may_be_left(arch: Architecture, component: str, name: str) -> bool:
@@ -140,15 +186,11 @@ def may_be_left(arch: Architecture, component: str, name: str) -> bool:
     family = _family(arch, component)
     if component == "llm":
         return name.endswith(family.UNUSED) or (arch.head.tied_embeddings and name == "lm_head.weight")
-    if name.startswith((*family.ELSEWHERE, *family.PAST_FEATURES)):
-        return True
-    # Layers past the features: their numbers follow either spelling of a layer's prefix.
-    found = re.search(r"(?:layers?|blocks)\.(\d+)\.", name)
-    return found is not None and arch.encoder_layers <= int(found[1]) < arch.encoder.layers
+    return name.startswith((*family.ELSEWHERE, *family.PAST_FEATURES))
 
 
 @torch.no_grad()
-def load_component(model: VisionLanguageModel, component: str, source: Source) -> None:
+def load_component(model: Stage, component: str, source: Source) -> None:
     """Set this stage's parameters of `component` from `source`. Raises UserError on a missing tensor or a wrong shape."""
     rank, size = tensor_parallel_coordinates()
     rows, shapes = rows_by_parameter(model.arch), part_shapes(model.arch, component)
@@ -201,7 +243,8 @@ def component_parameters(arch: Architecture, component: str, source: Source | No
         check_shapes(row, parts, shapes)
         name = f"{component}.{row.megatron}"
         make = partial(_made, row, parts)
-        found.append(Parameter(name, parameter_shape(arch, name), parts.dtype(row.hf[0]), layers, make))
+        dtype = reduce(torch.promote_types, map(parts.dtype, row.hf))  # in which parts of several are put together
+        found.append(Parameter(name, parameter_shape(arch, name), dtype, layers, make))
     return found
 
 
@@ -210,31 +253,3 @@ def _made(row: Row, source: Source) -> Tensor:
     if isinstance(source, HfTensors):
         source.release()  # what `made` does not hold of the mapped file itself is let go
     return made
-
-
-def check_layout_fits(arch: Architecture, layout: Layout) -> None:
-    """Raises UserError with every reason why `arch` cannot be split so."""
-    uneven = [
-        f"{what} ({count})"
-        for what, count in (
-            ("encoder heads", arch.encoder.heads),
-            ("encoder FFN width", arch.encoder.padded_ffn),
-            ("LLM heads", arch.head.heads),
-            ("LLM FFN width", arch.head.ffn),
-            ("LLM width", arch.head.hidden),
-            ("LLM vocabulary, padded", arch.head.padded_vocabulary),
-        )
-        if count % layout.tensor
-    ]
-    if arch.head.groups % layout.tensor and layout.tensor % arch.head.groups:
-        uneven.append(f"LLM key-value groups ({arch.head.groups})")
-    if uneven:
-        raise UserError(f"layout.tensor: {', '.join(uneven)} must divide by it, found {layout.tensor}")
-    stated = [n for n in (layout.first_stage_layers, layout.last_stage_layers) if n is not None]
-    rest, stages = arch.head.layers - sum(stated), layout.pipeline - len(stated)
-    if (stages and (rest % stages or rest < stages)) or (not stages and rest) or any(n < 1 for n in stated):
-        raise UserError(
-            f"layout.pipeline: the LLM's {arch.head.layers} layers do not fall evenly on {layout.pipeline} stages with "
-            f"first_stage_layers {layout.first_stage_layers} and last_stage_layers {layout.last_stage_layers}: "
-            f"{rest} layers would be left for {stages} stages; every stage needs one at least"
-        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pivot_megatron.config.schema import AnyRes
-from pivot_megatron.convert.hf import PROCESSOR, read_json
+from pivot_megatron.convert.hf import PROCESSOR, cannot_write, read_json
 from pivot_megatron.convert.store import Description
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import QWEN_1_5_JINJA
@@ -60,10 +60,16 @@ def mark_ids_and_processor(description: Description, out: Path) -> dict[str, int
             raise UserError(
                 f"{description.encoder / PROCESSOR}: no such file; an assembled model needs the encoder's own"
             )
-        if anyres is None:
-            _save_llava(arch, _with_config(file, description, Path(scratch)), tokenizer, out)
-        else:
-            tokenizer.save_pretrained(out)
+        processor = (
+            _llava_processor(arch, _with_config(file, description, Path(scratch)), tokenizer)
+            if anyres is None
+            else tokenizer
+        )
+        try:
+            processor.save_pretrained(out)
+        except Exception as error:  # the library answers a disk that refuses with anything
+            raise cannot_write(out, error) from None
+        if anyres is not None:
             _save_onevision(anyres, arch, read_json(file), out)
     return dict(zip(marks, ids, strict=True))
 
@@ -77,10 +83,10 @@ def _with_config(processor: Path, description: Description, scratch: Path) -> Pa
     return together
 
 
-def _save_llava(arch: Architecture, image_processor: Path, tokenizer: Any, out: Path) -> None:
+def _llava_processor(arch: Architecture, image_processor: Path, tokenizer: Any) -> Any:
     from transformers import AutoImageProcessor, LlavaProcessor
 
-    LlavaProcessor(
+    return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(image_processor, local_files_only=True),
         tokenizer=tokenizer,
         patch_size=arch.encoder.patch_size,
@@ -88,7 +94,7 @@ def _save_llava(arch: Architecture, image_processor: Path, tokenizer: Any, out: 
         num_additional_image_tokens=arch.encoder.places - arch.encoder.tokens,
         image_token=IMAGE,
         chat_template=tokenizer.chat_template,
-    ).save_pretrained(out)
+    )
 
 
 def _save_onevision(anyres: AnyRes, arch: Architecture, square: Mapping[str, Any], out: Path) -> None:

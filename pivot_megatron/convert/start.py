@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.schema import Component, Model
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.load import FreshParts, hf_source, load_component
 from pivot_megatron.convert.plan import COMPONENTS, part_shapes
-from pivot_megatron.convert.store import Description, describe, load_weights, resolve_checkpoint
+from pivot_megatron.convert.store import Description, describe, load_weights
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import differences
 from pivot_megatron.families.registry import encoder_architecture
-from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.model.composition import Stage
 
 
 def _hf_folder(component: Component, name: str) -> Path:
@@ -79,7 +80,7 @@ def checkpoints_of(model: Model) -> dict[str, str]:
     return {name: str(c.checkpoint) for name in COMPONENTS if (c := getattr(model, name)).checkpoint is not None}
 
 
-def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
+def start_weights(model: Stage, start: Model, seed: int) -> None:
     """Set every weight of this stage as `start` says. Collective over all ranks where a checkpoint is read."""
     for name in COMPONENTS:
         component: Component = getattr(start, name)
@@ -98,7 +99,7 @@ def start_weights(model: VisionLanguageModel, start: Model, seed: int) -> None:
             load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
 
 
-def _draw_newline(model: VisionLanguageModel, checkpoint: Path, name: str, seed: int) -> list[str]:
+def _draw_newline(model: Stage, checkpoint: Path, name: str, seed: int) -> list[str]:
     """Tiles may follow upon a projector that was trained on squares, which has no newline yet: names what started fresh."""
     if name != "projector" or model.arch.anyres is None or describe(checkpoint).anyres is not None:
         return []
@@ -106,7 +107,7 @@ def _draw_newline(model: VisionLanguageModel, checkpoint: Path, name: str, seed:
     return ["projector.image_newline"]
 
 
-def _check_fits(model: VisionLanguageModel, checkpoint: Path, name: str) -> None:
+def _check_fits(model: Stage, checkpoint: Path, name: str) -> None:
     theirs, ours = describe(checkpoint).architecture(), model.arch
     wanted = {
         "encoder": (ours.encoder, theirs.encoder),

@@ -6,7 +6,6 @@ megatron-core's own format: what is written here loads at any layout, and what a
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     ReadItem,
@@ -31,6 +30,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pivot_megatron.checkpoints.folder import opened
+from pivot_megatron.checkpoints.manifest import CheckedAhead, FileSum, Sum, blocks_of_range
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.table import checkpoint_place
 
@@ -57,18 +58,48 @@ def sharded(parameter: Parameter) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(key, empty, (0, layer, parameter.layers), prepend_axis_num=1)
 
 
-def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Mapping[str, Any]) -> None:
-    """Into an empty `folder`, one parameter in memory at a time. `content`: megatron-core's content metadata.
+def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Mapping[str, Any]) -> dict[str, FileSum]:
+    """Into an empty `folder`, one parameter in memory at a time. Returns the checksums of the files of tensors, taken as those
+    are written: to read a large one again takes as long as to write it. `content`: megatron-core's content metadata.
 
     megatron-core's own save takes tensors that are there. Its format is torch's, a file of what is no tensor, and a note of
     which format it is; 0.19 would put the second into the first, and reads it either way.
     """
     tensors = [sharded(parameter) for parameter in parameters]
     makers = {_index(tensor): p.make for p, tensor in zip(parameters, tensors, strict=True)}
-    save({}, storage_writer=FileSystemWriter(folder, thread_count=1), planner=_Plan(tensors, makers), no_dist=True)
+    writer = FileSystemWriter(folder, thread_count=1)
+    writer.fs = summed = _SummedFiles()
+    save({}, storage_writer=writer, planner=_Plan(tensors, makers), no_dist=True)
     told = {name: value for name, value in content.items() if isinstance(value, str | bool)}  # not its process groups
     torch.save({"content_metadata": told}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return {name: found.done() for name, found in summed.sums.items() if (folder / name).exists()}
+
+
+class _SummedFiles(FileSystem):
+    """Files whose checksums are taken as they are written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Sum] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            self.sums[Path(path).name] = found = Sum()
+            yield _SummedStream(stream, found)
+
+
+class _SummedStream:
+    def __init__(self, stream: Any, found: Sum) -> None:
+        self._stream, self._found = stream, found
+
+    def write(self, data: Any) -> int:
+        self._found.add(data)
+        count: int = self._stream.write(data)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _index(tensor: ShardedTensor) -> MetadataIndex:
@@ -106,9 +137,16 @@ def _write_item(tensor: ShardedTensor) -> WriteItem:
 
 @dataclass(frozen=True)
 class CheckpointParameters:
-    """Whole parameters of a checkpoint's `tensors` folder by canonical name, whatever layout saved it."""
+    """Whole parameters of a checkpoint's `tensors` folder by canonical name, whatever layout saved it.
+
+    The checksums of what is read are checked just before: a whole file's, which may be larger than memory, would be read twice.
+    """
 
     folder: Path
+
+    @cached_property
+    def _checked(self) -> CheckedAhead:
+        return CheckedAhead(self.folder.parent, opened(self.folder.parent))
 
     @cached_property
     def _reader(self) -> FileSystemReader:
@@ -118,23 +156,24 @@ class CheckpointParameters:
 
     @cached_property
     def _metadata(self) -> Any:
-        with self._whole():
-            return FileSystemReader(self.folder).read_metadata()
+        _ = self._checked  # the index is among what was seen to be sound as the checkpoint was opened
+        return FileSystemReader(self.folder).read_metadata()
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """A file that is cut off or gone is answered with many kinds of errors."""
-        try:
-            yield
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.folder}: not a whole checkpoint ({error}); was the copy cut off?") from None
+    def _stored(self, key: str) -> Any:
+        found = self._metadata.state_dict_metadata.get(key)
+        if found is None:
+            raise UserError(f"{self.folder}: expected a tensor {key}, found none")
+        return found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That it was saved in. Raises UserError if it is not there."""
+        dtype: torch.dtype = self._stored(checkpoint_place(name)[0]).properties.dtype
+        return dtype
 
     def read(self, name: str) -> Tensor:
         """In the dtype it was saved in. Raises UserError if it is not there."""
         key, layer = checkpoint_place(name)
-        stored = self._metadata.state_dict_metadata.get(key)
-        if stored is None:
-            raise UserError(f"{self.folder}: expected a tensor {key}, found none")
+        stored = self._stored(key)
         whole = tuple(stored.size)
         offsets, sizes = [0] * len(whole), list(whole)
         if layer is not None:
@@ -155,7 +194,9 @@ class CheckpointParameters:
 
     def _piece(self, item: ReadItem) -> Tensor:
         place = self._reader.storage_data[item.storage_index]
-        with self._whole(), (self.folder / place.relative_path).open("rb") as file:
+        name = f"{self.folder.name}/{place.relative_path}"
+        self._checked.require(blocks_of_range(name, place.offset, place.length))
+        with (self.folder / place.relative_path).open("rb") as file:
             part = self._reader._slice_file(file, place)
             stored: Tensor = torch.load(part, map_location="cpu", weights_only=True)
         return stored[_box(item.storage_offsets, item.lengths)]

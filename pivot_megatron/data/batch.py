@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +58,21 @@ class PackedBatch:
     def padding(self) -> int:
         return self.tokens.numel() - self.length
 
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def _with(self, tensors: Mapping[str, Any]) -> PackedBatch:
+        return replace(self, **tensors)
+
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._with({name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+
+    def pinned(self) -> PackedBatch:
+        """In memory that a CUDA device copies from while the host goes on."""
+        return self._with({name: value.pin_memory() for name, value in self._tensors().items() if not value.is_cuda})
+
+    def record_stream(self, stream: Any) -> None:
+        """On a CUDA device: tell the allocator that work queued on `stream` uses these tensors."""
+        for value in self._tensors().values():
+            value.record_stream(stream)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.config.schema import AnyRes, RunConfig
+from pivot_megatron.config.schema import AnyRes, Data, RunConfig
+from pivot_megatron.data import dali, decoders
+from pivot_megatron.data.decoders import Decoder
 from pivot_megatron.data.images import ImageTransform, PixelSteps, read_processor
-from pivot_megatron.data.loader import Loader, PairSet
+from pivot_megatron.data.loader import Loader
+from pivot_megatron.data.order import Order, mixed
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.tokens import SampleTokenizer, Tokenized, Tokenizer, template_by_name
 from pivot_megatron.data.views import ImageViews, Native, Square, Tiled
-from pivot_megatron.errors import UserError
+from pivot_megatron.errors import RuleError, UserError
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 from pivot_megatron.families.flops import encoder_flops, head_flops
+from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.fp8 import token_multiple
 
-PACK_MULTIPLE = 16  # tokens a tensor-parallel rank, which FP8 matrix products need and nothing else minds
+# Tokens a tensor-parallel rank, at the least: what most FP8 recipes need, so that a run with FP8 and one without see equal packs.
+PACK_MULTIPLE = 16
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -41,11 +50,13 @@ def image_views(
     processor's own. Raises UserError where the two do not go together."""
     if encoder.native:
         path, config = read_processor(folder)
-        most = max_patches or config.get("max_num_patches", 256)
+        most = config.get("max_num_patches", 256) if max_patches is None else max_patches
         if config.get("patch_size", 16) != encoder.patch_size:
             raise UserError(
                 f"{path}: patch_size: expected the encoder's, {encoder.patch_size}, found {config['patch_size']}"
             )
+        if type(most) is not int or most < 1:
+            raise UserError(f"{path}: max_num_patches: expected a whole number above 0, found {most!r}")
         return Native(PixelSteps.from_config(path, config), encoder.patch_size, most)
     transform = ImageTransform.from_processor_folder(folder, image_size)
     if transform.image_size != encoder.image_size:
@@ -60,6 +71,14 @@ def image_views(
     )
 
 
+def decoder_of(config: Data, images: ImageViews) -> Callable[[], AbstractContextManager[Decoder]]:
+    """Opens what decodes images as `config` says. Raises UserError where DALI is asked for and missing."""
+    if config.image_backend == "dali":
+        dali.require_dali()
+        return partial(dali.opened, images, config.workers, current_platform().device)
+    return partial(decoders.opened, images, config.image_backend, config.workers)
+
+
 def build_loader(
     config: RunConfig,
     llm_folder: Path,
@@ -72,7 +91,8 @@ def build_loader(
     with_images: bool,
 ) -> Loader:
     """The share of data-parallel `rank` of `size`. Raises UserError if files are missing or do not fit the model."""
-    batch = config.batch
+    batch, fp8 = config.batch, config.precision.fp8_of("llm")
+    samples = open_samples(config.data)
     tokenizer = load_tokenizer(llm_folder)
     tokenize = SampleTokenizer(
         tokenizer=tokenizer,
@@ -83,21 +103,46 @@ def build_loader(
         too_long=config.data.too_long,
     )
     return Loader(
-        samples=PairSet.open(config.data.shards),
+        samples=samples,
+        order=Order(mixed(samples.counts, config.data.shards, config.seed), config.seed),
         tokenize=tokenize,
         images=images,
-        image_backend=config.data.image_backend,
+        decoder=decoder_of(config.data, images),
+        workers=config.data.workers,
         global_size=batch.global_size,
         flops=partial(sample_flops, encoder=encoder, head=head),
         micro_tokens=batch.micro_tokens,
         micro_images=batch.micro_images,
-        seed=config.seed,
-        pack_multiple=config.layout.tensor * PACK_MULTIPLE,
+        pack_multiple=config.layout.tensor * max(PACK_MULTIPLE, token_multiple(fp8.recipe if fp8 else None)),
+        micro_batch_multiple=config.layout.micro_batch_multiple,
         rank=rank,
         size=size,
         with_images=with_images,
         skip_bad=config.data.on_bad_sample == "skip",
+        pinned=current_platform().is_cuda,
     )
+
+
+def open_samples(data: Data) -> PairSet:
+    """Raises UserError where samples are known to be broken, and they, or so many, are not to be skipped."""
+    samples = PairSet.open([source.folder for source in data.shards], data.cache)
+    bad = samples.known_bad
+    if bad and data.on_bad_sample == "stop":
+        raise UserError(
+            f"data.shards: {len(bad)} of {len(samples)} samples are broken, the first: {bad[0]}; mend or remove them, or set "
+            "data.on_bad_sample: skip"
+        )
+    require_few_bad(len(bad), len(samples), data.max_bad_share, "`pivot data index` names them")
+    return samples
+
+
+def require_few_bad(bad: int, samples: int, most: float, names: str) -> None:
+    """Raises RuleError where more than the share `most` of all samples is broken. `names`: what tells which they are."""
+    if bad > most * samples:
+        raise RuleError(
+            f"data.max_bad_share: {bad} of {samples} samples are broken, more than the share {most:g} that may be skipped; "
+            f"{names}"
+        )
 
 
 def sample_flops(sample: Tokenized, encoder: EncoderArchitecture, head: HeadArchitecture) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pivot_megatron.data.sample import IMAGE_MARK, BadSample, Pair, Sample, Turn
+from pivot_megatron.data.sample import IMAGE_MARK, Pair, Sample, Turn
 from pivot_megatron.errors import UserError
 
 SYSTEM = "You are a helpful assistant."
@@ -96,27 +96,21 @@ def from_tokenizer(tokenizer: ChatTokenizer) -> Template:
     return render
 
 
-def _with_image_mark(turns: Sequence[Turn], has_image: bool, key: str) -> tuple[Turn, ...]:
+def _with_image_mark(turns: Sequence[Turn], has_image: bool) -> tuple[Turn, ...]:
     """A sample with an image and no mark gets one in front of its first turn."""
-    marked = [i for i, turn in enumerate(turns) if IMAGE_MARK in turn.text]
-    if has_image and not marked:
+    if has_image and IMAGE_MARK not in turns[0].text:
         return (Turn(turns[0].role, f"{IMAGE_MARK}\n{turns[0].text}"), *turns[1:])
-    if any(place > 0 for place in marked):
-        raise BadSample(key, "misplaced_image_mark", f"{IMAGE_MARK} must stand before the first answer")
     return tuple(turns)
 
 
 def render(sample: Sample, template: Template) -> Rendered:
-    """Two branches for a pair, chosen and rejected; one for a conversation.
-
-    Raises BadSample for an image mark past the first answer.
-    """
+    """Two branches for a pair, chosen and rejected; one for a conversation."""
     has_image = sample.image is not None
     if isinstance(sample, Pair):
-        question = _with_image_mark((Turn("user", sample.question),), has_image, sample.key)
+        question = _with_image_mark((Turn("user", sample.question),), has_image)
         spans = [template((*question, Turn("assistant", answer))) for answer in (sample.chosen, sample.rejected)]
     else:
-        spans = [template(_with_image_mark(sample.turns, has_image, sample.key))]
+        spans = [template(_with_image_mark(sample.turns, has_image))]
     answer_at = next(i for i, span in enumerate(spans[0]) if span.loss)
     prefix = "".join(span.text for span in spans[0][:answer_at])
     return Rendered(prefix, tuple(_trimmed(branch[answer_at:]) for branch in spans))

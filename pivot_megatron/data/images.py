@@ -6,7 +6,7 @@ The settings come from the encoder's own `preprocessor_config.json`, so that pix
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pivot_megatron.errors import UserError
 
@@ -24,8 +24,12 @@ Backend = Literal["pil", "torch"]
 
 # The formats data sets hold. Pillow knows many more, some of which start other programs on bytes nobody has vetted.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# A side of no real image (it is JPEG's largest); what resizes takes gigabytes for a line of millions of pixels.
+_LONGEST_SIDE = 65535
 _PILLOW_MAJOR = int(PIL.__version__.partition(".")[0])
 _MODES: Mapping[int, str] = {2: "bilinear", 3: "bicubic"}
+# torch's CUDA kernel holds a whole filter in shared memory, which is full where a side shrinks by some eighty times.
+_MOST_SHRINKING_ON_CUDA = 32
 _STEPS_NOT_DONE = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
 
 
@@ -62,8 +66,19 @@ class PixelSteps:
         kernel: faster on some machines, and at most a level or two out of 255 away.
         """
         if backend == "torch":
-            return _torch_resize(np.array(image), height, width, _MODES[self.resample])
+            return self.resized_by_torch(torch.from_numpy(np.array(image)), height, width)
         return np.asarray(image.resize((width, height), resample=Image.Resampling(self.resample)))
+
+    def resized_by_torch(self, pixels: torch.Tensor, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """`[h, w, 3]` uint8 on any device → `[height, width, 3]` in the machine's memory.
+
+        On a CPU what `resized` gives with `torch`; elsewhere in float32, rounded between the passes, a level or two away.
+        """
+        h, w, _ = pixels.shape
+        # torch's float kernels are wrong where one pixel's width stays one.
+        if pixels.device.type == "cpu" or w == 1 or max(h / height, w / width) > _MOST_SHRINKING_ON_CUDA:
+            return _torch_resize(pixels.cpu(), height, width, _interpolated_bytes, _MODES[self.resample])
+        return _torch_resize(pixels, height, width, _interpolated_floats, _MODES[self.resample])
 
     def normalised(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
         """`[height, width, 3]` bytes to `[3, height, width]` float32, in the order red, green, blue."""
@@ -114,7 +129,22 @@ class ImageTransform(PixelSteps):
         return self.normalised(self.resized(decode_rgb(encoded), self.image_size, self.image_size, backend))
 
 
-def _torch_resize(pixels: npt.NDArray[np.uint8], to_height: int, to_width: int, mode: str) -> npt.NDArray[np.uint8]:
+_Interpolate = Callable[[torch.Tensor, tuple[int, int], str], torch.Tensor]
+"""`[1, 3, h, w]` uint8 to another height and width by the filter of that name, antialiased and clipped to bytes."""
+
+
+def _interpolated_bytes(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    return torch.nn.functional.interpolate(batch, size, mode=mode, antialias=True)
+
+
+def _interpolated_floats(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    resized = torch.nn.functional.interpolate(batch.float(), size, mode=mode, antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _torch_resize(
+    pixels: torch.Tensor, to_height: int, to_width: int, interpolated: _Interpolate, mode: str
+) -> npt.NDArray[np.uint8]:
     """`[height, width, 3]` → `[to_height, to_width, 3]`, the passes in Pillow's order.
 
     Both libraries clip to bytes between the two passes, so the order shows at sharp edges (by up to 20 levels). torch
@@ -123,11 +153,13 @@ def _torch_resize(pixels: npt.NDArray[np.uint8], to_height: int, to_width: int, 
     """
     height, width, _ = pixels.shape
     # [1, 3, height, width], left channels-last in memory, which torch's uint8 kernel likes.
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    batch = pixels.permute(2, 0, 1)[None]
     if _PILLOW_MAJOR >= 13 and height - to_height > 2 * max(width - to_width, 0):
-        batch = torch.nn.functional.interpolate(batch, (to_height, width), mode=mode, antialias=True)
-    batch = torch.nn.functional.interpolate(batch, (to_height, to_width), mode=mode, antialias=True)
-    resized: npt.NDArray[np.uint8] = batch[0].permute(1, 2, 0).numpy()
+        batch = interpolated(batch, (to_height, width), mode)
+    elif interpolated is _interpolated_floats:
+        batch = interpolated(batch, (height, to_width), mode)
+    batch = interpolated(batch, (to_height, to_width), mode)
+    resized: npt.NDArray[np.uint8] = batch[0].permute(1, 2, 0).cpu().numpy()
     return resized
 
 
@@ -135,20 +167,33 @@ def image_size_of(file: BinaryIO) -> tuple[int, int]:
     """Width and height in pixels, from the head of an encoded image alone. Raises ImageError."""
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
+            _require_bounded(image)
             return image.size
+    except ImageError:
+        raise
     except Exception as error:
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(_reason(error)) from error
+
+
+def _require_bounded(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    # Pillow itself only warns until twice its limit; one such image can stall a whole step on every rank.
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(f"{image.width}x{image.height} pixels, more than the {limit} that are decoded")
+    if max(image.size) > _LONGEST_SIDE:
+        raise ImageError(f"{image.width}x{image.height} pixels, more than {_LONGEST_SIDE} a side")
 
 
 def decode_rgb(encoded: bytes) -> Image.Image:
     """Decode to an RGB image, transparency laid on white as transformers does. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            # Pillow itself only warns until twice its limit; one such image can stall a whole step on every rank.
-            if limit is not None and image.width * image.height > limit:
-                raise ImageError(f"{image.width}x{image.height} pixels, more than the {limit} that are decoded")
+            _require_bounded(image)
+            if image.format == "PNG":
+                _require_checksums(encoded)
             image.load()
+            if image.mode.startswith("I;16"):  # what Pillow makes of 16 bits is white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or image.info.get("transparency") is not None:
                 rgba = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
@@ -157,7 +202,19 @@ def decode_rgb(encoded: bytes) -> Image.Image:
         raise
     except Exception as error:
         # Pillow's decoders answer broken bytes with anything from OSError to SyntaxError and struct.error.
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory, another in each process
+        return f"expected {', '.join(IMAGE_FORMATS)}, found something else"
+    return f"{type(error).__name__}: {error}"
+
+
+def _require_checksums(png: bytes) -> None:
+    """Pillow decodes a PNG whose data are not what their checksums say. Raises what Pillow does."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        image.verify()
 
 
 def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:

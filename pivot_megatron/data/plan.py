@@ -16,18 +16,19 @@ class Size:
 
 
 def plan_micro_batches(
-    sizes: Sequence[Size], ranks: int, most_tokens: int, most_images: int | None
+    sizes: Sequence[Size], ranks: int, most_tokens: int, most_images: int | None, multiple: int = 1
 ) -> list[list[list[int]]]:
     """For each of `ranks` its micro-batches, as indices into `sizes` in rising order.
 
-    Every rank gets the same number of micro-batches, as few as will do (at least one; some may be empty). The costliest
-    samples are placed first, each where the least work stands and it still fits, which keeps the slowest micro-batch within
-    4/3 of the best possible where the budget does not interfere (Graham 1969). A sample past the budget gets a micro-batch of
-    its own. A function of its arguments alone.
+    Every rank gets the same number of micro-batches, the least multiple of `multiple` that will do (some may be empty). The
+    costliest samples are placed first, each where the least work stands and it still fits, which keeps the slowest
+    micro-batch within 4/3 of the best possible where the budget does not interfere (Graham 1969). A sample past the budget
+    gets a micro-batch of its own. A function of its arguments alone.
     """
-    count = max(1, -(-sum(s.tokens for s in sizes) // (ranks * most_tokens)))
+    least = max(1, -(-sum(s.tokens for s in sizes) // (ranks * most_tokens)))
+    count = -(-least // multiple) * multiple
     while (bins := _placed(sizes, ranks * count, most_tokens, most_images)) is None:
-        count += 1
+        count += multiple
     return [[sorted(b) for b in bins[rank * count : (rank + 1) * count]] for rank in range(ranks)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,10 +63,17 @@ class Row:
 
 def write_rows(path: Path, rows: Sequence[Row], facts: Facts, seconds: float) -> None:
     """Write `path`, whole or not at all. `seconds`: how long the pass over `rows` took."""
-    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_schema(facts, seconds))
-    part = path.with_name(path.name + ".part")
-    pq.write_table(table, part)
-    part.replace(path)
+    _write(pa.Table.from_pylist([vars(row) for row in rows], schema=_schema(facts, seconds)), path, path.parent)
+
+
+def _write(table: Any, path: Path, scratch: Path) -> None:
+    """`scratch`: a folder of the same disk, where what is not whole yet lies under a name that no other run has."""
+    part = scratch / f"{uuid.uuid4().hex}.part"
+    try:
+        pq.write_table(table, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _schema(facts: Facts, seconds: float) -> Any:
@@ -83,16 +91,17 @@ def _told(facts: Facts) -> bytes:
 
 def is_made_with(path: Path, facts: Facts) -> bool:
     """Whether `path` is there and holds rows made with `facts`."""
-    return path.exists() and pq.read_schema(path).metadata.get(_METADATA) == _told(facts)
+    try:
+        return bool(pq.read_schema(path).metadata.get(_METADATA) == _told(facts))
+    except FileNotFoundError:
+        return False
 
 
 def join(parts: Sequence[Path], path: Path, facts: Facts) -> None:
-    """One file of several with the same `facts`, in order."""
-    part = path.with_name(path.name + ".part")
+    """One file of several with the same `facts`, in order; written beside the first of them."""
     table = pa.concat_tables([pq.read_table(p) for p in parts])
     schema = _schema(facts, sum(pass_seconds(p) for p in parts))
-    pq.write_table(table.replace_schema_metadata(schema.metadata), part)
-    part.replace(path)
+    _write(table.replace_schema_metadata(schema.metadata), path, parts[0].parent)
 
 
 class ReferenceFile:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 IMAGE_MARK = "<image>"
 
 _PAIR_FIELDS = ("question", "chosen", "rejected")
+_FIELDS = frozenset((*_PAIR_FIELDS, "conversations", "from", "value"))
 _ROLES: Mapping[Any, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 
 
@@ -86,9 +87,18 @@ def parse_sample(key: str, json_bytes: bytes, image: bytes | None, rejected_imag
     return _conversation(key, record, image)
 
 
+def require_preference(sample: Sample) -> None:
+    """Raises BadSample with reason `identical_answers` for a pair of which neither answers nor images differ; this needs the
+    images' bytes."""
+    if not isinstance(sample, Pair) or sample.image != sample.rejected_image:
+        return
+    if sample.chosen.strip() == sample.rejected.strip():
+        raise BadSample(sample.key, "identical_answers", "both answers and both images are the same")
+
+
 def _load(key: str, json_bytes: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(json_bytes)
+        record = json.loads(json_bytes, object_pairs_hook=_once)
         # A lone surrogate is legal in JSON and fatal in every tokenizer; better to find it here than mid-run.
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -96,6 +106,16 @@ def _load(key: str, json_bytes: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadSample(key, "bad_json", f"expected an object, found {type(record).__name__}")
     return record
+
+
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a text is there twice: nobody knows which one is meant."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        if twice := [name for name in found if name in _FIELDS and names.count(name) > 1]:
+            raise ValueError(f"expected every field once, found '{twice[0]}' twice")
+    return found
 
 
 def _check_rejected_image(key: str, record: Mapping[str, Any], image: bytes | None) -> None:
@@ -131,6 +151,8 @@ def _conversation(key: str, record: Mapping[str, Any], image: bytes | None) -> C
     turns = tuple(_turn(key, position, row) for position, row in enumerate(rows))
     by_role = {role: tuple(turn.text for turn in turns if turn.role == role) for role in ("user", "assistant")}
     _check_image_marks(key, by_role["user"], by_role["assistant"], image)
+    if any(IMAGE_MARK in text for text in by_role["user"][1:]):
+        raise BadSample(key, "misplaced_image_mark", f"{IMAGE_MARK} must stand before the first answer")
     meta = {name: value for name, value in record.items() if name != "conversations"}
     return Conversation(key, image, turns, meta)
 
@@ -140,11 +162,18 @@ def _turn(key: str, position: int, row: Any) -> Turn:
         raise BadSample(key, "bad_turns", f"turn {position}: expected an object with 'from' and text in 'value'")
     expected = "gpt" if position % 2 else "human"
     if row.get("from") != expected:
-        raise BadSample(key, "bad_turns", f"turn {position}: expected from '{expected}', found {row.get('from')!r}")
+        raise BadSample(
+            key, "bad_turns", f"turn {position}: expected from '{expected}', found {_short(row.get('from'))}"
+        )
     if not row["value"].strip():
         reason = "empty_answer" if expected == "gpt" else "empty_question"
         raise BadSample(key, reason, f"turn {position}: 'value' holds no text")
     return Turn(_ROLES[expected], row["value"])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _check_image_marks(key: str, asked: Sequence[str], answered: Sequence[str], image: bytes | None) -> None:

@@ -21,6 +21,10 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
+_MOST_CHARACTERS = 64
+"""Of a text for each token of a sequence. What has more is not worth the seconds that a megabyte takes every rank."""
+
+
 class DoesNotFit(BadSample):
     """A sound sample that this run's sequence length has no room for: dropped and counted, where others stop the run."""
 
@@ -106,6 +110,8 @@ class SampleTokenizer:
             raise BadSample(sample.key, "not_a_pair", "DPO needs question, chosen and rejected; found a conversation")
         apart = isinstance(sample, Pair) and sample.rejected_image is not None
         seen = self._views(rendered, apart, views)
+        if len(rendered.prefix) > self._most_characters:
+            raise DoesNotFit(sample.key, "prompt_too_long", f"prompt has {len(rendered.prefix)} characters")
         prefix, leads = self._prefix(rendered, seen, apart)
         if not prefix and not leads:
             raise BadSample(
@@ -119,6 +125,10 @@ class SampleTokenizer:
         branches = branches[: self.branches]
         images = self._images(rendered, prefix, branches, in_branches=bool(leads))
         return Tokenized(sample.key, prefix, branches, images, seen[: len(images)])
+
+    @property
+    def _most_characters(self) -> int:
+        return _MOST_CHARACTERS * self.sequence_length
 
     def _views(self, rendered: Rendered, apart: bool, views: Sequence[View] | None) -> tuple[View, ...]:
         images = (1 + apart) if IMAGE_MARK in rendered.prefix else 0
@@ -157,17 +167,20 @@ class SampleTokenizer:
         return tuple(accumulate(lengths))[:-1]
 
     def _branch(self, key: str, rendered: Rendered, index: int, prefix_length: int, lead: tuple[int, ...]) -> Branch:
+        name = ("chosen", "rejected")[index] if len(rendered.branches) == 2 else "answer"
+        characters = sum(len(span.text) for span in rendered.branches[index])
+        if characters > self._most_characters and self.too_long == "drop":
+            raise DoesNotFit(key, f"{name}_too_long", f"{name} has {characters} characters")
         ids = list(lead)
         loss = [False] * len(lead)
         for span in rendered.branches[index]:
-            tokens = self._encode(span.text)
+            tokens = self._encode(span.text[: self._most_characters])
             ids += tokens
             loss += [span.loss] * len(tokens)
         room = self.sequence_length - prefix_length
         if room < 1:
             raise DoesNotFit(key, "prompt_too_long", f"prompt takes {prefix_length} tokens of {self.sequence_length}")
         if len(ids) > room and self.too_long == "drop":
-            name = ("chosen", "rejected")[index] if len(rendered.branches) == 2 else "answer"
             raise DoesNotFit(
                 key, f"{name}_too_long", f"prompt and {name} take {prefix_length + len(ids)} of {self.sequence_length}"
             )

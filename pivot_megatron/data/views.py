@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pivot_megatron.data.images import Backend, ImageTransform, PixelSteps, decode_rgb
 
 Grid = tuple[int, int]
-"""Rows and columns."""
+"""Rows and columns; of pixels, height and width."""
+Resized = npt.NDArray[np.uint8]
+"""An image in bytes, `[height, width, 3]`."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,26 @@ class ImageViews(Protocol):
         """Of an image of so many pixels."""
         ...
 
-    def pixels(self, encoded: bytes, backend: Backend) -> Tensor:
-        """What the encoder is given of one image, float32: squares `[n, 3, S, S]`, one for each of its view's grids, or patches
-        `[n, 3 * patch * patch]`. Raises ImageError."""
+    @property
+    def steps(self) -> PixelSteps:
+        """What resizes and normalises."""
         ...
+
+    def sizes(self, width: int, height: int) -> tuple[Grid, ...]:
+        """Height and width of each resize of an image of so many pixels."""
+        ...
+
+    def assembled(self, width: int, height: int, resized: Sequence[Resized]) -> Tensor:
+        """What the encoder is given of an image of so many pixels, resized to each of its `sizes`; float32: squares
+        `[n, 3, S, S]`, one for each of its view's grids, or patches `[n, 3 * patch * patch]`."""
+        ...
+
+
+def pixels_of(views: ImageViews, encoded: bytes, backend: Backend) -> Tensor:
+    """What the encoder is given of one image, as `assembled` says. Raises ImageError."""
+    image = decode_rgb(encoded)
+    resized = [views.steps.resized(image, *size, backend) for size in views.sizes(*image.size)]
+    return views.assembled(*image.size, resized)
 
 
 @dataclass(frozen=True)
@@ -90,8 +110,16 @@ class Square:
     def view(self, width: int, height: int) -> View:
         return self.fixed
 
-    def pixels(self, encoded: bytes, backend: Backend) -> Tensor:
-        return self.transform(encoded, backend)[None]
+    @property
+    def steps(self) -> PixelSteps:
+        return self.transform
+
+    def sizes(self, width: int, height: int) -> tuple[Grid, ...]:
+        return ((self.transform.image_size, self.transform.image_size),)
+
+    def assembled(self, width: int, height: int, resized: Sequence[Resized]) -> Tensor:
+        (square,) = resized
+        return self.transform.normalised(square)[None]
 
 
 @dataclass(frozen=True)
@@ -119,16 +147,26 @@ class Tiled:
         squares = 1 + math.prod(tiling.tiles)
         return View(self.patches**2 + rows * (columns + 1), ((self.patches, self.patches),) * squares, tiling)
 
-    def pixels(self, encoded: bytes, backend: Backend) -> Tensor:
-        image, transform, size = decode_rgb(encoded), self.transform, self.transform.image_size
-        rows, columns = self._best_grid(image.width, image.height)
-        height, width = _fitted(image.width, image.height, columns * size, rows * size)
+    @property
+    def steps(self) -> PixelSteps:
+        return self.transform
+
+    def sizes(self, width: int, height: int) -> tuple[Grid, ...]:
+        """The whole image in one square, and fitted into its grid of them."""
+        rows, columns = self._best_grid(width, height)
+        size = self.transform.image_size
+        return (size, size), _fitted(width, height, columns * size, rows * size)
+
+    def assembled(self, width: int, height: int, resized: Sequence[Resized]) -> Tensor:
+        rows, columns = self._best_grid(width, height)
+        size = self.transform.image_size
+        square, fitted = resized
+        down, across = fitted.shape[:2]
         canvas = np.zeros((rows * size, columns * size, 3), np.uint8)
-        top, left = (rows * size - height) // 2, (columns * size - width) // 2
-        canvas[top : top + height, left : left + width] = transform.resized(image, height, width, backend)
+        top, left = (rows * size - down) // 2, (columns * size - across) // 2
+        canvas[top : top + down, left : left + across] = fitted
         tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-        squares = [transform.resized(image, size, size, backend), *tiles]
-        return torch.stack([transform.normalised(square) for square in squares])
+        return torch.stack([self.transform.normalised(square) for square in (square, *tiles)])
 
     def _best_grid(self, width: int, height: int) -> Grid:
         """On which most of the image's pixels can be shown, and of those the one with least left over."""
@@ -178,10 +216,15 @@ class Native:
     def view(self, width: int, height: int) -> View:
         return View.of_patches(*native_grid(width, height, self.patch_size, self.most_patches))
 
-    def pixels(self, encoded: bytes, backend: Backend) -> Tensor:
-        image, edge = decode_rgb(encoded), self.patch_size
-        rows, columns = native_grid(image.width, image.height, edge, self.most_patches)
-        pixels = self.steps.normalised(self.steps.resized(image, rows * edge, columns * edge, backend))
+    def sizes(self, width: int, height: int) -> tuple[Grid, ...]:
+        rows, columns = native_grid(width, height, self.patch_size, self.most_patches)
+        return ((rows * self.patch_size, columns * self.patch_size),)
+
+    def assembled(self, width: int, height: int, resized: Sequence[Resized]) -> Tensor:
+        (whole,) = resized
+        edge = self.patch_size
+        rows, columns = whole.shape[0] // edge, whole.shape[1] // edge
+        pixels = self.steps.normalised(whole)
         return pixels.reshape(3, rows, edge, columns, edge).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
 
 

@@ -18,11 +18,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # One message between processes costs as much as a small image; so many items share one.
-_CHUNK = 16
+CHUNK = 16
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
-    """`function(item)` of every item. With 0 workers in this process; otherwise `items` is read only a little ahead.
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, chunk: int = CHUNK
+) -> Generator[Result]:
+    """`function(item)` of every item. With 0 workers in this process; otherwise `items` is read only a little ahead, `chunk`
+    of them a message.
 
     The function and its items must pickle. Raises what `function` raises, and RunError where a worker was lost.
     """
@@ -36,9 +39,9 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     waiting: deque[Future[list[Result]]] = deque()
     with ProcessPoolExecutor(workers, context, initializer=_attend) as pool:
         try:
-            while chunk := list(islice(iterator, _CHUNK)):
+            while some := list(islice(iterator, chunk)):
                 with _undisturbed():
-                    waiting.append(pool.submit(_each, function, chunk))
+                    waiting.append(pool.submit(_each, function, some))
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
             while waiting:

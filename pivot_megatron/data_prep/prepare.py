@@ -15,8 +15,9 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pivot_megatron.data.index import INDEX_NAME, index_tar, tars_of, write_index
 from pivot_megatron.data.sample import BadSample
-from pivot_megatron.data.shards import INDEX_NAME, open_shard, partial_path, shard_path, write_index
+from pivot_megatron.data.shard_writer import open_shard, partial_path, shard_path
 from pivot_megatron.data_prep.parallel import in_order
 from pivot_megatron.data_prep.pictures import PictureError, Reencoding, as_written, read_picture
 from pivot_megatron.data_prep.progress import track
@@ -109,7 +110,9 @@ def prepare(selection: Selection, writing: Writing) -> Sequence[str]:
         (output.folder / REPORT_NAME).write_text(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        write_index(output.folder)
+        write_index(
+            output.folder, in_order(partial(index_tar, decode=False), tars_of(output.folder), writing.workers, chunk=1)
+        )
     shutil.rmtree(state)
     return as_lines(record, selection.notes)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from PIL import Image
 
 from pivot_megatron.data.sample import IMAGE_MARK
-from pivot_megatron.data.shards import ShardWriter
+from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.data_prep.charts import chart_view
 from pivot_megatron.data_prep.progress import track
 from pivot_megatron.data_prep.question import COLORS, TASKS, Ask, Question, Task, View, phrase

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from pivot_megatron.errors import UserError
@@ -105,7 +106,7 @@ def require_sound(arch: EncoderArchitecture | HeadArchitecture, where: str) -> N
         counted = field.type == "int" and field.name != "feature_layer"
         if counted and (type(value) is not int or value < 1):
             raise UserError(f"{where}: {field.name}: expected a whole number above 0, found {value!r}")
-        if field.type == "float" and (not isinstance(value, int | float) or value <= 0):
+        if field.type == "float" and not (is_number(value) and value > 0):
             raise UserError(f"{where}: {field.name}: expected a number above 0, found {value!r}")
     uneven = {"heads": arch.hidden} if isinstance(arch, EncoderArchitecture) else {"groups": arch.heads}
     for name, whole in uneven.items():
@@ -113,14 +114,31 @@ def require_sound(arch: EncoderArchitecture | HeadArchitecture, where: str) -> N
             raise UserError(f"{where}: {name}: expected a divisor of {whole}, found {getattr(arch, name)}")
 
 
+def is_number(value: Any) -> bool:
+    """JSON as Python reads it has NaN and Infinity, and True is an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def differences(expected: Any, found: Any, but: Collection[str] = ()) -> str:
     """In which fields two architectures differ, those in `but` left out; empty if in none."""
-    told = [
-        f"{field.name} {getattr(expected, field.name)}, found {getattr(found, field.name)}"
-        for field in fields(expected)
-        if field.name not in but and getattr(expected, field.name) != getattr(found, field.name)
-    ]
+    told = []
+    for field in fields(expected):
+        wanted, other = getattr(expected, field.name), getattr(found, field.name)
+        if field.name in but or wanted == other:
+            continue
+        if is_dataclass(wanted) and type(wanted) is type(other):
+            told += [f"{field.name}.{part}" for part in differences(wanted, other).split("; ")]
+        else:
+            told.append(f"{field.name} {wanted}, found {other}")
     return "; ".join(told)
+
+
+def ratio_of(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """`config[key]`; raises UserError naming the file and key if it is no number above 0."""
+    value = config.get(key, default)
+    if not (is_number(value) and value > 0):
+        raise UserError(f"{where}: {key}: expected a number above 0, found {value!r}")
+    return float(value)
 
 
 def field_of(config: Mapping[str, Any], key: str, where: str) -> Any:

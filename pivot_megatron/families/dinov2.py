@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.architecture import EncoderArchitecture
+from pivot_megatron.families.architecture import EncoderArchitecture, ratio_of
 from pivot_megatron.families.table import Row
 from pivot_megatron.families.vision import Names, vision_table
 
@@ -37,7 +37,7 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
     if activation != "gelu":
         raise UserError(f"{where}: hidden_act: expected gelu for DINOv2, found {activation}")
     hidden = config.get("hidden_size", 768)
-    ffn = int(hidden * config.get("mlp_ratio", 4))
+    ffn = int(hidden * ratio_of(config, "mlp_ratio", 4, where))
     return EncoderArchitecture(
         family="dinov2",
         layers=config.get("num_hidden_layers", 12),

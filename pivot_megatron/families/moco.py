@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.architecture import EncoderArchitecture
+from pivot_megatron.families.architecture import EncoderArchitecture, ratio_of
 from pivot_megatron.families.table import Row
 from pivot_megatron.families.vision import Names, vision_table
 
@@ -62,13 +62,14 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         raise UserError(
             f"{where}: model_args: expected {', '.join(sorted(_KNOWN))}, found {', '.join(sorted(unknown))}"
         )
+    _require_processor(config.get("pretrained_cfg", {}), where)
     hidden = said.get("embed_dim", hidden)
     return EncoderArchitecture(
         family="moco",
         layers=said.get("depth", layers),
         hidden=hidden,
         heads=said.get("num_heads", heads),
-        ffn=int(hidden * said.get("mlp_ratio", 4)),
+        ffn=int(hidden * ratio_of(said, "mlp_ratio", 4, f"{where}: model_args")),
         image_size=said.get("img_size", int(found[3])),
         patch_size=said.get("patch_size", int(found[2])),
         norm_epsilon=1e-6,
@@ -78,6 +79,13 @@ def architecture(config: Mapping[str, Any], where: str) -> EncoderArchitecture:
         final_norm=True,
         fixed_positions=True,
     )
+
+
+def _require_processor(config: Any, where: str) -> None:
+    """timm's image processor stands in the same file."""
+    size = config.get("input_size", [3, 1, 1]) if isinstance(config, dict) else None
+    if not isinstance(size, list) or len(size) != 3 or size[0] != 3:
+        raise UserError(f"{where}: pretrained_cfg: expected an input_size [3, height, width], found {size or config!r}")
 
 
 def table(arch: EncoderArchitecture) -> tuple[Row, ...]:

@@ -24,6 +24,10 @@ def architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture:
         )
     if config.get("use_sliding_window"):
         raise UserError(f"{where}: use_sliding_window: full attention only is supported, found true")
+    if others := set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"{where}: layer_types: full attention only is supported, found {', '.join(map(str, others))}")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"{where}: hidden_act: expected silu, found {activation}")
     heads, hidden = field_of(config, "num_attention_heads", where), field_of(config, "hidden_size", where)
     return HeadArchitecture(
         family="qwen2",

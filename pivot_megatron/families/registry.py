@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from pivot_megatron.errors import UserError
 from pivot_megatron.families import clip, dinov2, mae, moco, qwen2, qwen3, siglip, siglip2, vit
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture, require_sound
@@ -43,9 +45,20 @@ def head_architecture(config: Mapping[str, Any], where: str) -> HeadArchitecture
     return arch
 
 
+def _require_common(config: Mapping[str, Any], where: str) -> None:
+    """What every family's config says in the same words. Raises UserError where it is what no family here can be."""
+    part = config.get("vision_config") or config
+    dtype, channels = part.get("dtype") or part.get("torch_dtype"), part.get("num_channels", 3)
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise UserError(f"{where}: dtype: expected one of torch's, such as float32, found {dtype!r}")
+    if channels != 3:
+        raise UserError(f"{where}: num_channels: expected 3, red, green and blue, found {channels!r}")
+
+
 def _read(families: Mapping[str, ModuleType], config: Mapping[str, Any], kind: str, where: str) -> Any:
     family = _family(families, config, kind, where)
     try:
+        _require_common(config, where)
         arch = family.architecture(config, where)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: expected the numbers of a {kind}, found others ({error})") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,29 +44,39 @@ class Architecture:
 
 
 class VisionLanguageModel(MegatronModule):
-    """One pipeline stage: encoder and projector stand on the first, log-probs come out of the last.
+    """One chunk of a pipeline: encoder and projector stand in the first, log-probs come out of the last.
 
     Parameters are named `encoder.*`, `projector.*`, `llm.*`.
     """
 
-    def __init__(self, arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> None:
+    def __init__(
+        self, arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute, chunk: int = 0
+    ) -> None:
+        """`chunk`: which of this stage's `layout.virtual_pipeline`."""
         config = head_config(arch.head, layout, precision, recompute.llm)
         super().__init__(config=config)
         self.arch = arch
-        self.pre_process, self.post_process = is_first_stage(), is_last_stage()
+        self.pre_process = is_first_stage() and chunk == 0
+        self.post_process = is_last_stage() and chunk == layout.virtual_pipeline - 1
         # What megatron-core's schedules and gradient finalisation ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = arch.head.tied_embeddings
-        self.vp_stage = None
+        self.vp_stage = chunk if layout.chunks else None
         if self.pre_process:
             vision = encoder_config(arch.encoder, arch.encoder_layers, layout, precision, recompute.encoder)
             self.encoder = VisionEncoder(vision, arch.encoder, arch.final_norm)
             self.projector = Projector(arch.encoder, arch.head, layout, precision, tiles=arch.anyres is not None)
-        self.llm = LanguageModel(config, arch.head, self.pre_process, self.post_process)
+        self.llm = LanguageModel(config, arch.head, self.pre_process, self.post_process, self.vp_stage)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         weight: Tensor | None = self.llm.shared_embedding_or_output_weight()
         return weight
+
+    def set_is_first_microbatch(self) -> None:
+        """Layers in FP8 cast their weights in the next forward pass, and go on with the casts until this is called again."""
+        for module in self.modules():
+            if hasattr(module, "is_first_microbatch") and module.config.fp8:
+                module.is_first_microbatch = True  # type: ignore[assignment]
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
         self.llm.set_input_tensor(input_tensor)
@@ -107,7 +117,24 @@ class VisionLanguageModel(MegatronModule):
         return self.projector.tokens(patches, views)[:, None]
 
 
-def build_model(arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> VisionLanguageModel:
+class Stage(torch.nn.ModuleList):
+    """What one pipeline rank holds: a chunk of the model, or several that a virtual pipeline visits in turn."""
+
+    def __init__(self, chunks: Sequence[VisionLanguageModel]) -> None:
+        super().__init__(chunks)
+        self.arch = chunks[0].arch
+
+    def __iter__(self) -> Iterator[VisionLanguageModel]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    @property
+    def whole(self) -> VisionLanguageModel:
+        """The model, where one process holds all of it."""
+        (model,) = self
+        return model
+
+
+def build_model(arch: Architecture, layout: Layout, precision: Precision, recompute: Recompute) -> Stage:
     """This rank's stage on its device, weights not yet set."""
-    model: VisionLanguageModel = VisionLanguageModel(arch, layout, precision, recompute).to(current_platform().device)
-    return model
+    chunks = [VisionLanguageModel(arch, layout, precision, recompute, n) for n in range(layout.virtual_pipeline)]
+    return Stage(chunks).to(current_platform().device)

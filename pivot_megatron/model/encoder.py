@@ -17,6 +17,7 @@ from pivot_megatron.model.attention import image_segments
 from pivot_megatron.model.freeze import reaching
 from pivot_megatron.model.native import native_positions
 from pivot_megatron.model.specs import encoder_block
+from pivot_megatron.runtime.fp8 import token_multiple
 
 
 class VisionEncoder(MegatronModule):
@@ -31,7 +32,7 @@ class VisionEncoder(MegatronModule):
         """`final_norm`: the architecture has one and features are taken past it."""
         super().__init__(config=config)
         self.arch = arch
-        self._multiple = config.tensor_model_parallel_size * (16 if config.fp8 else 1)
+        self._multiple = config.tensor_model_parallel_size * token_multiple(config.fp8_recipe if config.fp8 else None)
         dtype, width = config.params_dtype, arch.hidden
         edge = arch.patch_size
         self.patch_embedding: torch.nn.Module = (

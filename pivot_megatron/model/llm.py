@@ -15,17 +15,23 @@ from pivot_megatron.model.freeze import reaching
 from pivot_megatron.model.rotary import Rotation
 from pivot_megatron.model.specs import head_block
 from pivot_megatron.model.vocabulary import TargetLogprobs, WordEmbeddings
+from pivot_megatron.runtime.fp8 import token_multiple
 
 
 class LanguageModel(GPTModel):
     """GPTModel whose forward takes merged embeddings and a pack, and never builds logits outside answers."""
 
     def __init__(
-        self, config: TransformerConfig, arch: HeadArchitecture, pre_process: bool, post_process: bool
+        self,
+        config: TransformerConfig,
+        arch: HeadArchitecture,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=head_block(arch, get_num_layers_to_build(config), post_process),
+            transformer_layer_spec=head_block(arch, get_num_layers_to_build(config, vp_stage), post_process),
             vocab_size=arch.padded_vocabulary,
             max_sequence_length=arch.max_positions,
             pre_process=pre_process,
@@ -34,9 +40,10 @@ class LanguageModel(GPTModel):
             position_embedding_type="rope",
             rotary_base=int(arch.rope_theta),
             scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
         )
         self.arch = arch
-        self._multiple = config.tensor_model_parallel_size * (16 if config.fp8 else 1)
+        self._multiple = config.tensor_model_parallel_size * token_multiple(config.fp8_recipe if config.fp8 else None)
         # The modules that GPTModel has built, with our forward: parameters, marks and checkpoint keys stay as they are.
         if pre_process:
             self.embedding.word_embeddings.__class__ = WordEmbeddings

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.config.schema import Fp8, Layout, Precision
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
 from pivot_megatron.model.attention import SegmentAttention
@@ -25,7 +25,7 @@ from pivot_megatron.model.compat import mlp_spec
 from pivot_megatron.model.last_layer import LastLayer
 from pivot_megatron.model.layer_scale import LayerScale
 from pivot_megatron.model.swiglu import SwiGlu
-from pivot_megatron.runtime.device import require_fp8
+from pivot_megatron.runtime.fp8 import require_fp8
 from pivot_megatron.runtime.layers import LayerModules, layer_modules
 
 
@@ -39,7 +39,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 # `swiglu` is the layer spec's own activation; what stands here says that it is gated with SiLU.
 ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "quick_gelu": quick_gelu, "swiglu": silu}
-_FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise"}
 
 
 def mlp_submodules(modules: LayerModules, norm_before: bool) -> MLPSubmodules:
@@ -106,16 +105,12 @@ def _leave_as_is(weight: Tensor) -> None:
 
 def _common(layout: Layout, precision: Precision) -> dict[str, Any]:
     dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
-    if precision.fp8:
-        require_fp8()
     return {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": precision.compute == "bf16",
-        "fp8": "hybrid" if precision.fp8 else None,
-        **({"fp8_recipe": _FP8_RECIPES[precision.fp8]} if precision.fp8 else {}),
         "calculate_per_token_loss": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -131,6 +126,21 @@ def _common(layout: Layout, precision: Precision) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
+
+
+def _fp8(fp8: Fp8 | None) -> dict[str, Any]:
+    """Weights and activations in E4M3, gradients in E5M2 (`hybrid`), whatever the recipe."""
+    if fp8 is None:
+        return {"fp8": None}
+    require_fp8(fp8)
+    kept = {
+        "first_last_layers_bf16": fp8.first_layers_bf16 + fp8.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
+    }
+    # Transformer Engine's own defaults; megatron-core's look back at a single micro-batch, and packs differ from one to the next.
+    window = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if fp8.recipe == "delayed" else {}
+    return {"fp8": "hybrid", "fp8_recipe": fp8.recipe, **kept, **window}
 
 
 def _recompute(mode: str) -> dict[str, Any]:
@@ -161,6 +171,7 @@ def encoder_config(
         activation_func=ACTIVATIONS[arch.activation],
         **_recompute(recompute),
         **_common(layout, precision),
+        **_fp8(precision.fp8_of("encoder")),
     )
 
 
@@ -175,7 +186,7 @@ def projector_config(
         ffn_hidden_size=head.hidden,
         add_bias_linear=True,
         activation_func=gelu,
-        **{**_common(layout, precision), "fp8": None},
+        **_common(layout, precision),
     )
 
 
@@ -199,10 +210,15 @@ def head_config(
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_epsilon,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.chunks,
+        # Batched messages of the interleaved schedule are mispaired over two stages and wait for each other over four.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # dense models refuse variable lengths with the default dispatcher
         **_recompute(recompute),
         **_common(layout, precision),
+        **_fp8(precision.fp8_of("llm")),
     )

@@ -1,7 +1,11 @@
-"""95 % intervals for proportions, and for the difference of two."""
+"""95 % intervals for proportions, for the difference of two, and for means."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scipy.stats import t as student
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution."""
@@ -48,3 +52,21 @@ def difference(first: float, first_interval: Interval, second: float, second_int
     down = math.hypot(second - second_interval.low, first_interval.high - first)
     up = math.hypot(second_interval.high - second, first - first_interval.low)
     return Interval(change - down, change + up)
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's interval of the mean of independent draws; from minus to plus infinity for fewer than two."""
+    if len(values) < 2:
+        return Interval(-math.inf, math.inf)
+    mean = statistics.fmean(values)
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean - half, mean + half)
+
+
+def change_text(mean: float, interval: Interval) -> str:
+    """A difference of two fractions and its interval, in per cent, that says plainly where zero lies inside."""
+    told = f"{100 * mean:+.2f}"
+    if not math.isfinite(interval.low):
+        return f"{told} (one draw: no interval)"
+    inside = ", inside the noise" if 0.0 in interval else ""
+    return f"{told} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f}{inside})"

@@ -1,31 +1,24 @@
-"""Linear probe: how well a logistic regression reads classes from the frozen encoder's mean patch feature."""
+"""How well a logistic regression, or the nearest class mean, reads classes from frozen features."""
 
-import io
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
-from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.probe.image_set import Labels
 from pivot_megatron.probe.interval import wilson
 
 Features = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
 
 C_GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
 """Inverse L2 strengths of the paper's probe (arXiv 2510.16333)."""
 
 _HELD_OUT = 0.2
-_DIGITS_TEST = 0.3
 
 
 @dataclass(frozen=True)
@@ -45,48 +38,6 @@ class ProbeResult:
     accuracy_best_c_on_test: float
     c_best_on_test: float
     train_total: int
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """A classification set: encoded images and one class index for each."""
-
-    train_images: tuple[bytes, ...]
-    train_labels: Labels
-    test_images: tuple[bytes, ...]
-    test_labels: Labels
-
-
-def patch_features(
-    encoder_folder: Path, images: Sequence[bytes], *, hidden_state: int, batch_size: int = 64
-) -> Features:
-    """Mean over patch tokens of one hidden state of a Hugging Face SigLIP encoder, then L2-normalised.
-
-    `hidden_state` indexes `output_hidden_states`, before post-layernorm: 0 is the patch embedding, -1 the last layer's
-    output. The layer PIVOT trains is -2 in an original checkpoint and -1 in an export that dropped the last layer.
-
-    Args:
-        encoder_folder: holds `config.json`, the weights and `preprocessor_config.json`.
-        images: encoded images (JPEG, PNG, WebP), any size.
-
-    Returns:
-        `[images, hidden]`, float32, rows of length 1.
-
-    Raises:
-        UserError: no such folder, weights missing from it, or no such hidden state.
-    """
-    model = _load_encoder(encoder_folder, hidden_state)
-    # PIL whether or not torchvision is there: the two resize differently, and a probe must not depend on it.
-    processor = SiglipImageProcessorPil.from_pretrained(encoder_folder)
-    rows = [np.empty((0, model.config.hidden_size), np.float32)]
-    for start in range(0, len(images), batch_size):
-        batch = [Image.open(io.BytesIO(image)).convert("RGB") for image in images[start : start + batch_size]]
-        pixels = processor(images=batch, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
-        features = torch.nn.functional.normalize(states[hidden_state].mean(dim=1), dim=-1)
-        rows.append(features.numpy())
-    return np.concatenate(rows)
 
 
 def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, *, seed: int) -> ProbeResult:
@@ -130,48 +81,6 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
     )
 
 
-def digits_images(image_size: int) -> LabelledImages:
-    """scikit-learn's bundled handwritten digits (1797 of 8x8, ten classes) as RGB PNGs of `image_size` pixels a side.
-
-    The split is stratified and always the same: 1257 to train, 540 to test.
-    """
-    digits = load_digits()
-    images = [_digit_png(digit, image_size) for digit in digits.images]
-    train, test = train_test_split(
-        np.arange(len(images)), test_size=_DIGITS_TEST, stratify=digits.target, random_state=0
-    )
-    labels = digits.target.astype(np.int64)
-    return LabelledImages(
-        train_images=tuple(images[i] for i in train),
-        train_labels=labels[train],
-        test_images=tuple(images[i] for i in test),
-        test_labels=labels[test],
-    )
-
-
-def _load_encoder(folder: Path, hidden_state: int) -> SiglipVisionModel:
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"probe: expected a Hugging Face encoder in {folder}, found no {name}; export one there")
-    loaded: Any = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model: SiglipVisionModel = loaded[0]
-    # An absent tensor would be drawn at random and the probe would measure noise. What lies behind the last layer is
-    # not read here, and an export that dropped it is a good one.
-    missing = sorted(name for name in loaded[1]["missing_keys"] if not name.startswith(("post_layernorm.", "head.")))
-    if missing:
-        raise UserError(
-            f"probe: expected every encoder weight in {folder}, found {len(missing)} missing (first: {missing[0]}); "
-            "export the encoder again"
-        )
-    states = model.config.num_hidden_layers + 1
-    if not -states <= hidden_state < states:
-        raise UserError(
-            f"probe: expected hidden_state in {-states}..{states - 1} ({states - 1} layers in {folder}), "
-            f"found {hidden_state}; choose one of them"
-        )
-    return model
-
-
 def _correct(c: float, train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> int:
     # The default penalty is L2; naming it is deprecated.
     model = LogisticRegression(C=c, solver="lbfgs", max_iter=1000)
@@ -179,10 +88,16 @@ def _correct(c: float, train_x: Features, train_y: Labels, test_x: Features, tes
     return int((model.predict(test_x) == test_y).sum())
 
 
-def _digit_png(digit: npt.NDArray[np.float64], image_size: int) -> bytes:
-    """One `[8, 8]` digit with values 0..16 as a PNG."""
-    pixels = np.round(digit * (255 / 16)).astype(np.uint8)
-    image = Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
-    png = io.BytesIO()
-    image.save(png, format="PNG")
-    return png.getvalue()
+def prototype_accuracy(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> float:
+    """The share of test samples `[samples, hidden]` whose cosine similarity is highest to the mean of their own class's training
+    samples, all of length 1: a fast proxy, with nothing to fit."""
+    classes = np.unique(train_y)
+    means = np.stack([train_x[train_y == one].mean(axis=0) for one in classes])
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(means.dtype).tiny)
+    return float((classes[np.argmax(test_x @ means.T, axis=1)] == test_y).mean())
+
+
+def few_a_class(labels: Labels, count: int, seed: int) -> npt.NDArray[np.intp]:
+    """Indices of `count` samples of every class, drawn with `seed`, in order. Raises ValueError where one has fewer."""
+    draw = np.random.default_rng(seed)
+    return np.sort(np.concatenate([draw.choice(np.flatnonzero(labels == n), count, False) for n in np.unique(labels)]))

@@ -39,7 +39,7 @@ def curves(runs: Mapping[str, Path]) -> dict[str, dict[str, Curve]]:
     for name, folder in runs.items():
         lines = read_metrics(folder)
         found[name] = {
-            metric: [(line["step"], line[metric]) for line in lines]
+            metric: [(line["step"], line[metric]) for line in lines if line[metric] is not None]
             for metric in _CURVES
             if lines and metric in lines[0]
         }

@@ -13,7 +13,7 @@ from pivot_megatron.recipe.collect import curves, environment_facts, examples, s
 from pivot_megatron.recipe.demo_folder import MODELS, RUNS, Demo
 from pivot_megatron.recipe.demo_runs import run_config, train_run
 from pivot_megatron.recipe.demo_world import make_checkpoints, make_data
-from pivot_megatron.recipe.encoder_probes import ProbedEncoder, labelled_sets, probe_scores
+from pivot_megatron.recipe.encoder_probes import labelled_sets, probe_scores
 from pivot_megatron.recipe.export_checks import check_encoder, check_model, export_once
 from pivot_megatron.recipe.held_out import answer_scores, blind_answers, preference_scores, read_held_out
 from pivot_megatron.recipe.phases import Phases
@@ -83,8 +83,8 @@ def _blind(demo: Demo) -> Found:
 
 def _probes(demo: Demo) -> list[Found]:
     """The encoder as it was made, and as every model that is compared has it."""
-    encoders = {"init": ProbedEncoder(demo.encoder, -2)}
-    encoders |= {model: ProbedEncoder(demo.export(model, "encoder"), -1) for model in MODELS}
+    encoders = {"init": demo.encoder}
+    encoders |= {model: demo.export(model, "encoder") for model in MODELS}
     sets = labelled_sets(demo.scale)
     return [
         asdict(score)

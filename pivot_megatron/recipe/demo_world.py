@@ -9,7 +9,7 @@ from pathlib import Path
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.data.chat import SYSTEM
 from pivot_megatron.data.sample import Conversation
-from pivot_megatron.data.shards import ShardReader
+from pivot_megatron.data.shards import open_shards
 from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
 from pivot_megatron.recipe.demo_folder import Demo
 
@@ -60,7 +60,7 @@ def make_checkpoints(demo: Demo) -> None:
 
 def _corpus(demo: Demo) -> Iterator[str]:
     for name in ("captions", "instruct"):
-        reader = ShardReader(demo.data(name))
+        reader = open_shards(demo.data(name))
         for position in range(min(_CORPUS_ROWS, len(reader))):
             sample = reader.read(position)
             if isinstance(sample, Conversation):

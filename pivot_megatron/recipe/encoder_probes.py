@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pivot_megatron.data_prep.synthetic import scene_classes
-from pivot_megatron.probe.linear import LabelledImages, digits_images, linear_probe, patch_features
+from pivot_megatron.data_prep.synthetic import SCENE_CLASSES, scene_classes
+from pivot_megatron.probe.digits import digits
+from pivot_megatron.probe.encoder import opened
+from pivot_megatron.probe.features import pooled_features
+from pivot_megatron.probe.image_set import ImageSet
+from pivot_megatron.probe.linear import linear_probe
 from pivot_megatron.recipe.demo_scale import DemoScale
 from pivot_megatron.recipe.record import ProbeScore
 
-
-@dataclass(frozen=True)
-class ProbedEncoder:
-    """A Hugging Face folder, and the index of the hidden state that PIVOT trains there."""
-
-    folder: Path
-    hidden_state: int
+Sets = Mapping[str, tuple[ImageSet, ImageSet]]
+"""By name: images to train a probe with, and to test it."""
 
 
-def labelled_sets(scale: DemoScale) -> dict[str, LabelledImages]:
+def labelled_sets(scale: DemoScale) -> Sets:
     """Scenes of one large shape among small ones, and handwritten digits, which nothing here was trained on."""
-    train = scene_classes(scale.seed + 4, scale.probe_train, scale.image_size)
-    test = scene_classes(scale.seed + 5, scale.probe_test, scale.image_size)
-    scenes = LabelledImages(tuple(train[0]), np.array(train[1]), tuple(test[0]), np.array(test[1]))
-    return {"scenes": scenes} | ({"digits": digits_images(scale.image_size)} if scale.digits else {})
+    drawn = [
+        scene_classes(scale.seed + offset, count, scale.image_size)
+        for offset, count in ((4, scale.probe_train), (5, scale.probe_test))
+    ]
+    train, test = (ImageSet.of_bytes(images, np.array(labels), SCENE_CLASSES) for images, labels in drawn)
+    return {"scenes": (train, test)} | ({"digits": digits(scale.image_size)} if scale.digits else {})
 
 
-def probe_scores(
-    name: str, encoder: ProbedEncoder, sets: Mapping[str, LabelledImages], *, seed: int
-) -> list[ProbeScore]:
-    """One score a set."""
+def probe_scores(name: str, folder: Path, sets: Sets, *, seed: int) -> list[ProbeScore]:
+    """One score a set, of the encoder in a Hugging Face `folder`."""
     scores = []
-    for dataset, images in sets.items():
-        train, test = (
-            patch_features(encoder.folder, files, hidden_state=encoder.hidden_state)
-            for files in (images.train_images, images.test_images)
-        )
-        found = linear_probe(train, images.train_labels, test, images.test_labels, seed=seed)
+    for dataset, (train, test) in sets.items():
+        with opened(folder) as encoder:
+            train_x, test_x = pooled_features(encoder, train), pooled_features(encoder, test)
+        found = linear_probe(train_x, train.labels, test_x, test.labels, seed=seed)
         scores.append(
             ProbeScore(
                 encoder=name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.convert.commands import export_checkpoint, whole_model
 from pivot_megatron.convert.hf import HfTensors
 from pivot_megatron.convert.plan import COMPONENTS
-from pivot_megatron.convert.store import describe, load_weights, resolve_checkpoint
+from pivot_megatron.convert.store import describe, load_weights
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5
 from pivot_megatron.data.images import ImageTransform
@@ -23,7 +23,7 @@ from pivot_megatron.data.sample import Pair
 from pivot_megatron.data.tokens import SampleTokenizer
 from pivot_megatron.errors import RunError
 from pivot_megatron.families.siglip import HF_PREFIX
-from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.model.composition import Stage
 from pivot_megatron.recipe.answers import ExportedModel, answer_logprobs
 from pivot_megatron.recipe.held_out import HeldOut
 from pivot_megatron.recipe.record import ExportCheck
@@ -40,7 +40,6 @@ def export_once(run: Path, part: Literal["encoder", "mllm"], out: Path, original
     With `original`, the encoder's untrained last layer, norm and head are taken from there.
     """
     if not out.exists():
-        shutil.rmtree(out.with_name(out.name + ".part"), ignore_errors=True)
         export_checkpoint(run, part, out, "original" if original else "drop", original)
 
 
@@ -58,7 +57,7 @@ def check_encoder(name: str, folder: Path, run: Path, start: Path, pairs: Sequen
     pixels = _pixels(folder, pairs)
     with trained_model(run) as model, torch.no_grad():
         arch = model.arch
-        features = model.encoder(pixels.to(current_platform().device)).cpu().float()
+        features = model.whole.encoder(pixels.to(current_platform().device)).cpu().float()
         ours = features.view(len(pairs), arch.encoder.tokens, arch.encoder.hidden)
         states = loaded[0](pixel_values=pixels, output_hidden_states=True).hidden_states
         # A dropped last layer leaves the trained features at the end.
@@ -85,7 +84,7 @@ def check_model(
 
 
 @contextmanager
-def trained_model(run: Path) -> Iterator[VisionLanguageModel]:
+def trained_model(run: Path) -> Iterator[Stage]:
     """The whole model of a run's newest checkpoint, in this process, float32."""
     checkpoint = resolve_checkpoint(run)
     with whole_model(describe(checkpoint)) as model:
@@ -95,7 +94,7 @@ def trained_model(run: Path) -> Iterator[VisionLanguageModel]:
         yield model
 
 
-def trained_logprobs(model: VisionLanguageModel, run: Path, pairs: Sequence[HeldOut]) -> list[tuple[float, float]]:
+def trained_logprobs(model: Stage, run: Path, pairs: Sequence[HeldOut]) -> list[tuple[float, float]]:
     """Log-probs in nats of each pair's chosen and rejected answer, as the training step computes them."""
     description = describe(resolve_checkpoint(run))
     tokenize = SampleTokenizer(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pivot_megatron.data.sample import IMAGE_MARK, Pair
-from pivot_megatron.data.shards import ShardReader
+from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.record import AnswerScore, PreferenceScore
 
@@ -29,7 +29,7 @@ class HeldOut:
 
 def read_held_out(shards: Path) -> list[HeldOut]:
     """Raises UserError for a row without image, task or label."""
-    reader = ShardReader(shards)
+    reader = open_shards(shards)
     return [_held_out(reader.read(i), shards) for i in range(len(reader))]
 
 

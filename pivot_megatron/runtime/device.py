@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
-
-from pivot_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,11 @@ def device_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def require_fp8() -> None:
-    """FP8 GEMMs exist in Transformer Engine's layers alone; without it megatron-core would ignore the setting in silence."""
-    if not current_platform().transformer_engine:
-        raise UserError(
-            "precision.fp8: needs a CUDA device and transformer-engine, found neither in use on "
-            f"{current_platform().device}; install the `te` extra on a Hopper machine or set precision.fp8: null"
-        )
+def beside_training(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts, in any thread, whose work on `device` waits for none that training has queued there."""
+    if device.type != "cuda":
+        return nullcontext
+    return partial(torch.cuda.stream, torch.cuda.Stream(device))
 
 
 def available_cores() -> int:

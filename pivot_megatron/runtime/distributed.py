@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pivot_megatron.config.schema import Layout
-from pivot_megatron.errors import UserError
+from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.runtime.device import current_platform, use_threads
 
 
@@ -29,10 +30,21 @@ def _rendezvous() -> dict[str, Any]:
     return {"store": store, "rank": 0, "world_size": 1}
 
 
-def initialize(layout: Layout, seed: int, timeout_minutes: int = 30) -> None:
+def _alone(world: int, seconds: float, error: Exception) -> str:
+    """In one line, what became of processes that did not all meet."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"expected {world} processes to meet at {where} within {seconds:g} s, found some missing or nobody listening "
+        f"({told}); did all nodes start?"
+    )
+
+
+def initialize(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> None:
     """Start torch.distributed (a single process needs no launcher) and megatron-core's groups for `layout`.
 
-    Raises UserError if the processes at hand do not divide into tensor x pipeline groups.
+    `timeout_seconds`: after which a collective that some rank never joins fails. Raises UserError if the processes at hand do
+    not divide into tensor x pipeline groups, RunError if they do not all come.
     """
     world = world_size_from_environment()
     if world % layout.model_parallel_size:
@@ -43,10 +55,16 @@ def initialize(layout: Layout, seed: int, timeout_minutes: int = 30) -> None:
     platform = current_platform()
     use_threads(layout.cpu_threads)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        dist.init_process_group(platform.backend, timeout=timeout, **_rendezvous())
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        try:
+            dist.init_process_group(platform.backend, timeout=timeout, **_rendezvous())
+        except (dist.DistNetworkError, dist.DistStoreError) as error:  # nobody listens, or somebody never came
+            raise RunError(_alone(world, timeout_seconds, error)) from None
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.chunks,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -58,8 +76,8 @@ def shutdown() -> None:
 
 
 @contextmanager
-def process_groups(layout: Layout, seed: int) -> Iterator[None]:
-    initialize(layout, seed)
+def process_groups(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> Iterator[None]:
+    initialize(layout, seed, timeout_seconds)
     try:
         yield
     finally:
@@ -88,17 +106,22 @@ def tensor_parallel_coordinates() -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
-def sum_over_loss_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Sum float64 scalars that live on the last pipeline stage over data-parallel ranks; every rank gets the result.
+def computes_loss() -> bool:
+    """Whether this rank's loss counts: the last stage's first tensor-parallel rank, since the others hold copies or none."""
+    return is_last_stage() and tensor_parallel_coordinates()[0] == 0
 
-    Every rank passes the same keys. Ranks that computed no loss, and all but one of a tensor-parallel group (they hold
-    copies), add zero.
-    """
-    counts = is_last_stage() and tensor_parallel_coordinates()[0] == 0
-    packed = torch.tensor([float(v) if counts else 0.0 for v in values.values()], dtype=torch.float64)
-    packed = packed.to(current_platform().device)
+
+def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """float64 sums over all ranks, on every rank. Every rank passes the same keys, and 0 where it has nothing to count."""
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=current_platform().device)
     dist.all_reduce(packed)
     return dict(zip(values, packed.tolist(), strict=True))
+
+
+def peer_was_lost(error: BaseException) -> bool:
+    """Whether a collective failed because a process at its other end is gone, as gloo and NCCL word it."""
+    words = ("gloo", "Connection closed by peer", "NCCL", "Connection reset")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def from_main_process(value: Any) -> Any:
@@ -106,6 +129,18 @@ def from_main_process(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main_process(do: Callable[[], object]) -> None:
+    """`do` there. Collective over all ranks, which go on after it, or raise the UserError that it raised."""
+    problem = None
+    if is_main_process():
+        try:
+            do()
+        except UserError as error:
+            problem = error
+    if problem := from_main_process(problem):
+        raise problem
 
 
 def gather_objects(value: Any) -> list[Any]:

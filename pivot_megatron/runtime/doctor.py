@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
+from pivot_megatron.errors import UserError
+
 PROJECT = "pivot-megatron"
 
 # A 1.5B head with a So400m encoder is about 2 G parameters, and a checkpoint holds 14 bytes for each: weights in bf16,
@@ -41,7 +43,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine and the environment of this process; starts nothing and changes nothing."""
-    return [_python(), *_torch_and_gpus(), _megatron_core(), *_packages(), *_machine(Path.cwd())]
+    return [_python(), *_torch_and_gpus(), _megatron_core(), *_packages(), *_kernels(), *_machine(Path.cwd())]
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -152,11 +154,29 @@ def _packages() -> Iterator[Finding]:
     cost = "nothing: attention over packs on a GPU runs on transformer-engine's kernels, or on torch's own"
     yield Finding("flash-attn", flash or "none", True, "" if flash else cost)
     dali = _package(("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"), "nvidia.dali")
-    cost = "nothing in this version: images are decoded and resized on CPU cores; no need to install it"
+    cost = "data.image_backend: dali needs it (pip install 'pivot-megatron[dali]'); no need to install it for another"
     yield Finding("dali", dali or "none", True, "" if dali else cost)
     transformers = _package(("transformers",), "transformers")
     cost = "no checkpoint is read; pip install -e . -c constraints.txt"
     yield _finding("transformers", transformers or "none", transformers is not None, cost)
+
+
+def _kernels() -> Iterator[Finding]:
+    """What a run in bf16 would compute with, where there is anything to run it."""
+    if _version("torch") is None or _version("megatron-core") is None:
+        return
+    from pivot_megatron.config.schema import Precision
+    from pivot_megatron.runtime.kernels import kernels_in_use
+
+    try:
+        found = kernels_in_use(Precision())
+    except UserError as error:
+        yield Finding("kernels", "none for bf16", False, str(error))
+    else:
+        yield Finding("layers", found.layers, True, "")
+        yield Finding("attention", found.attention, True, "")
+        yield Finding("adam", found.optimizer, True, "")
+        yield Finding("weight gradients", f"added up {found.gradient_accumulation}", True, "")
 
 
 def _package(distributions: Sequence[str], module: str) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -46,6 +47,34 @@ class LayerModules:
     @property
     def first_linear(self) -> type:
         return self.norm_linear or self.column_linear
+
+
+GradientAccumulation = Literal["te", "apex", "separate"]
+_FUSION_SWITCHES: dict[GradientAccumulation, tuple[str, ...]] = {
+    "te": ("fuse_wgrad_accumulation",),
+    "apex": ("gradient_accumulation_fusion",),
+    "separate": (),
+}
+
+
+def gradient_accumulation() -> GradientAccumulation:
+    """By whose kernel a linear layer's weight gradient is added to the data-parallel buffer."""
+    if current_platform().transformer_engine:
+        return "te"
+    fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return "apex" if fused and current_platform().is_cuda else "separate"
+
+
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Let the product that is a weight's gradient add itself to the data-parallel buffer, where this machine has such a product
+    and the weight such a buffer (`main_grad`): weights that are frozen, or in no data-parallel wrapper, are left as they are.
+
+    megatron-core's switch is one for all layers, and would ask apex's kernel of the output layer too, which needs none.
+    """
+    for switch in _FUSION_SWITCHES[gradient_accumulation()]:
+        for module in model.modules():
+            if hasattr(module, switch) and hasattr(getattr(module, "weight", None), "main_grad"):
+                setattr(module, switch, True)
 
 
 def layer_modules() -> LayerModules:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pivot_megatron.config.schema import Layout, ParameterRule, RunConfig
 from pivot_megatron.convert.load import parameters_by_global_name
 from pivot_megatron.convert.plan import rows_by_parameter
-from pivot_megatron.model.composition import VisionLanguageModel
+from pivot_megatron.model.composition import Stage, VisionLanguageModel
 from pivot_megatron.model.freeze import rate_of, require_matches
+from pivot_megatron.runtime.layers import fuse_gradient_accumulation
 
 
-def apply_rules(model: VisionLanguageModel, rules: Sequence[ParameterRule]) -> None:
+def apply_rules(model: Stage, rules: Sequence[ParameterRule]) -> None:
     """Freeze what the rules freeze and mark every other parameter with its learning-rate factor.
 
     Before the data-parallel wrap, which gives buffers only to what trains. Names are global, so every stage agrees.
@@ -32,7 +34,17 @@ def apply_rules(model: VisionLanguageModel, rules: Sequence[ParameterRule]) -> N
         parameter.learning_rate_factor = 1.0 if rate == "frozen" else rate  # type: ignore[attr-defined]
 
 
-def wrap(model: VisionLanguageModel, layout: Layout) -> DistributedDataParallel:
+def wrap(stage: Stage, layout: Layout) -> list[DistributedDataParallel]:
+    """Each of the stage's chunks."""
+    wrapped = [_wrapped(chunk, layout) for chunk in stage]
+    if layout.overlap_gradient_reduce:
+        waits = [chunk.no_sync for chunk in wrapped]
+        for chunk in stage:
+            chunk.config.no_sync_func = waits[0] if len(waits) == 1 else waits
+    return wrapped
+
+
+def _wrapped(model: VisionLanguageModel, layout: Layout) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         overlap_grad_reduce=layout.overlap_gradient_reduce,
@@ -43,11 +55,21 @@ def wrap(model: VisionLanguageModel, layout: Layout) -> DistributedDataParallel:
     for parameter in model.parameters():
         parameter.gradient_must_appear = layout.overlap_gradient_reduce  # type: ignore[attr-defined]
     wrapped = DistributedDataParallel(model.config, config, model)
+    fuse_gradient_accumulation(wrapped)
     _count_padding_as_content(wrapped)
     model.config.finalize_model_grads_func = finalize_model_grads
-    if layout.overlap_gradient_reduce:
-        model.config.no_sync_func = wrapped.no_sync
     return wrapped
+
+
+def before_reduction(wrapped: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:
+    """Have `call` called in each step when the backward pass is through and gradients are about to be put together."""
+    config = wrapped[0].config  # the first chunk's is the one that schedules ask
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        call()
+        finalize_model_grads(*args, **kwargs)
+
+    config.finalize_model_grads_func = finalize
 
 
 def _count_padding_as_content(wrapped: DistributedDataParallel) -> None:
@@ -86,8 +108,31 @@ class Optimization:
         rates = [group["lr"] for group in self.optimizer.param_groups if group.get("default_config", True)]
         return float(max(rates or [group["lr"] for group in self.optimizer.param_groups]))
 
+    def update(self, judge: Callable[[float], str | None]) -> tuple[float, str | None]:
+        """Apply the gradients, unless `judge` has a reason against their norm, the whole one before clipping, and move the
+        schedule on. Returns the norm and the reason; where there is one, nothing has moved.
 
-def build_optimization(wrapped: DistributedDataParallel, config: RunConfig, steps: int) -> Optimization:
+        megatron-core's own step takes the norm in the same pass, but gives nobody a say in between, and without a loss
+        scale, which bf16 and fp32 have none of, it applies a gradient that is not finite. Collective over all ranks.
+        """
+        overflow = self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        reason = "a gradient overflowed" if overflow else judge(float(norm))
+        if reason is None:
+            self._clip(norm)
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=1)
+        return float(norm), reason
+
+    def _clip(self, norm: Any) -> None:
+        """`norm`: of the whole gradient, as the optimizer gives it, a number or a tensor."""
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters = [] if optimizer.is_stub_optimizer else optimizer.get_parameters()
+            if parameters and optimizer.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+
+
+def build_optimization(wrapped: Sequence[DistributedDataParallel], config: RunConfig, steps: int) -> Optimization:
     wanted = config.optimizer
     bf16 = config.precision.compute == "bf16"
     settings = OptimizerConfig(
@@ -104,8 +149,11 @@ def build_optimization(wrapped: DistributedDataParallel, config: RunConfig, step
         use_distributed_optimizer=True,
         overlap_param_gather=config.layout.overlap_parameter_gather,
     )
-    optimizer = get_megatron_optimizer(settings, [wrapped], config_overrides=_overrides(settings, config.parameters))
-    wrapped.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(
+        settings, list(wrapped), config_overrides=_overrides(settings, config.parameters)
+    )
+    for chunk in wrapped:
+        chunk.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,15 +17,17 @@ from pivot_megatron.config.schema import Model, RunConfig
 from pivot_megatron.convert.fingerprint import model_fingerprint
 from pivot_megatron.convert.start import start_weights
 from pivot_megatron.data.batch import PackedBatch
-from pivot_megatron.data.loader import Loader, PairSet
+from pivot_megatron.data.loader import Loader
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.reference import Facts, ReferenceFile, Row, is_made_with, join, write_rows
 from pivot_megatron.errors import UserError
-from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
+from pivot_megatron.model.composition import Architecture, Stage, build_model
 from pivot_megatron.runtime.distributed import (
     from_main_process,
     gather_objects,
     is_last_stage,
     is_main_process,
+    on_main_process,
     tensor_parallel_coordinates,
 )
 from pivot_megatron.train.agreement import agreed
@@ -36,9 +36,10 @@ from pivot_megatron.train.step import forward_logprobs
 SAMPLES_A_PART = 1024  # what an interrupted pass loses at most
 
 
-def frozen_model(config: RunConfig, arch: Architecture, start: Model) -> VisionLanguageModel:
-    """The model as the run starts from it, forward only."""
-    model = build_model(arch, config.layout, config.precision, config.recompute)
+def frozen_model(config: RunConfig, arch: Architecture, start: Model) -> Stage:
+    """The model as the run starts from it, forward only. Not in FP8: a scale that is shared over a pack would make a pair's
+    log-probs depend on its neighbours, and `delayed` knows none before the first backward pass."""
+    model = build_model(arch, config.layout, replace(config.precision, fp8=None), config.recompute)
     start_weights(model, start, config.seed)
     model.eval().requires_grad_(False)
     return model
@@ -46,18 +47,22 @@ def frozen_model(config: RunConfig, arch: Architecture, start: Model) -> VisionL
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """Everything that decides the reference log-probs of a run. Methods are collective over all ranks."""
+    """Everything that decides the reference log-probs of a run. Methods are collective over all ranks.
+
+    `before_batch`: called before each batch of a pass, and may end it by raising, on every rank alike.
+    """
 
     config: RunConfig
     arch: Architecture
     start: Model
     loader: Loader
+    before_batch: Callable[[], None]
 
     def files(self, make: bool) -> list[ReferenceFile]:
         """One a folder of shards, in the order of the config. Those that are missing are made, or it is an error."""
         folders = self.loader.samples.by_folder()
         facts = self._facts(folders)
-        paths = [folder / f.name for folder, f in zip(self.config.data.shards, facts, strict=True)]
+        paths = [folder / f.name for folder, f in zip(self.loader.samples.beside, facts, strict=True)]
         missing = from_main_process([not path.exists() for path in paths])
         if any(missing) and not make:
             raise UserError(f"{paths[missing.index(True)]}: no such file; run `pivot reference` first")
@@ -66,6 +71,12 @@ class ReferencePass:
             for path, fact, samples, absent in zip(paths, facts, folders, missing, strict=True):
                 if absent:
                     self._make(path, fact, samples, model)
+        for path, *seen in zip(paths, *gather_objects([path.exists() for path in paths]), strict=True):
+            if not all(seen):
+                raise UserError(
+                    f"{path}: there for some processes and not for others; let all nodes share this folder (data.cache.folder, "
+                    "of remote shards), or set objective.reference: online"
+                )
         return [
             ReferenceFile(path, fact, samples.keys) for path, fact, samples in zip(paths, facts, folders, strict=True)
         ]
@@ -78,37 +89,40 @@ class ReferencePass:
             **weights,
             "feature_layer": str(self.arch.feature_layer),
             "image_size": str(self.arch.encoder.image_size),
-            "precision": f"{config.precision.compute} {config.precision.fp8}",
+            "precision": config.precision.compute,
         }
         how = {"processor": f"{images.fingerprint} {config.data.image_backend}", "template": config.data.template}
         return [Facts(model, {"shards": samples.fingerprint, **how}) for samples in folders]
 
-    def _make(self, path: Path, facts: Facts, samples: PairSet, model: VisionLanguageModel) -> None:
-        loader = dataclasses.replace(self.loader, samples=samples)
+    def _make(self, path: Path, facts: Facts, samples: PairSet, model: Stage) -> None:
+        """In parts, which a pass that was broken off leaves to the next. Another run that makes the same file may at any time
+        have written a part, or all of it and taken the parts away."""
+        loader = replace(self.loader, samples=samples)
         parts = path.with_name(path.name + ".parts")
         _written(partial(parts.mkdir, exist_ok=True), path)
         names = []
         total = len(loader.samples)
         for first in range(0, total, SAMPLES_A_PART):
             names.append(parts / f"{first:09d}.parquet")
-            if from_main_process(is_made_with(names[-1], facts)):
+            if from_main_process(path.exists() or is_made_with(names[-1], facts)):
                 continue
             began = time.perf_counter()
-            rows = _rows(model, loader, first, min(first + SAMPLES_A_PART, total))
+            rows = _rows(model, loader, first, min(first + SAMPLES_A_PART, total), self.before_batch)
             if is_main_process():
                 print(f"reference: {min(first + SAMPLES_A_PART, total)}/{total} samples", file=sys.stderr, flush=True)
             seconds = time.perf_counter() - began
             _written(partial(write_rows, names[-1], rows, facts, seconds), path)
         _written(partial(join, names, path, facts), path)
         if is_main_process():
-            shutil.rmtree(parts)
+            shutil.rmtree(parts, ignore_errors=True)
         dist.barrier()
 
 
-def _rows(model: VisionLanguageModel, loader: Loader, first: int, last: int) -> list[Row]:
+def _rows(model: Stage, loader: Loader, first: int, last: int, before_batch: Callable[[], None]) -> list[Row]:
     """Samples `first` to `last` of the loader's folder, on the main process; nothing elsewhere."""
     found: list[Row] = []
     for step in loader.in_order(first, last):
+        before_batch()
         data = agreed(loader, step)
         found += (Row(dropped.key, bytes(16), None, None) for dropped in (*data.dropped, *data.bad))
         found += _scored(data.micro_batches, forward_logprobs(model, data.micro_batches))
@@ -129,16 +143,18 @@ def _scored(batches: Sequence[PackedBatch], logprobs: Sequence[torch.Tensor | No
             yield Row(key, digest, *answers[2 * n : 2 * n + 2])
 
 
-def _written(write: Any, path: Path) -> None:
+def _written(write: Callable[[], object], path: Path) -> None:
     """`write()` on the main process, others waiting; a disk that refuses is one line on every rank."""
-    problem = None
-    if is_main_process():
+
+    def attempt() -> None:
         try:
             write()
         except OSError as error:
-            problem = error.strerror or str(error)
-    if (problem := from_main_process(problem)) is not None:
-        raise UserError(
-            f"{path}: cannot write reference log-probs beside the shards ({problem}); make the folder writable, or set "
-            "objective.reference: online"
-        )
+            if isinstance(error, FileNotFoundError) and path.exists():
+                return  # another run was first
+            raise UserError(
+                f"{path}: cannot write reference log-probs beside the shards ({error.strerror or error}); make the folder "
+                "writable, or set objective.reference: online"
+            ) from None
+
+    on_main_process(attempt)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.data.loader import Dropped
 from pivot_megatron.errors import UserError
+from pivot_megatron.requeue import mark_path
+from pivot_megatron.runtime.kernels import Kernels
 
 PACKAGES = ("pivot-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "numpy", "safetensors")
 
@@ -34,8 +40,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def environment(device: str, world_size: int, attention: str) -> dict[str, Any]:
-    """Versions, git state and hardware, for the record. `attention`: the kernel in use."""
+def environment(device: str, world_size: int, kernels: Kernels) -> dict[str, Any]:
+    """Versions, git state and hardware, for the record."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
@@ -51,7 +57,7 @@ def environment(device: str, world_size: int, attention: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device,
         "processes": world_size,
-        "attention": attention,
+        **asdict(kernels),
     }
 
 
@@ -63,24 +69,58 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._metrics = self.path / "metrics.jsonl"
         self.dropped = self.path / "dropped.jsonl"
+        self._saving = 0.0
+        self.faults = self.path / "faults.jsonl"
+        self._stragglers = self.path / "stragglers.jsonl"
 
     def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
+        """Raises UserError where it cannot be written to."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", dump_config(config))
+            write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"out: cannot write to {self.path} ({error.strerror}); choose another folder") from None
-        write_atomically(self.path / "config.yaml", dump_config(config))
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`, which a run that resumes from there will write again."""
-        for path in (self._metrics, self.dropped):
+        for path in (self._metrics, self.dropped, self.faults, self._stragglers):
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
                 write_atomically(path, "".join(line + "\n" for line in lines))
 
     def log(self, line: Mapping[str, Any]) -> None:
-        self._append(self._metrics, [line])
+        """With `save_seconds`, for which checkpoints held up training since the line before."""
+        self._append(self._metrics, [{**line, "save_seconds": self._saving}])
+        self._saving = 0.0
+
+    def held_up(self, seconds: float) -> None:
+        """By a checkpoint; the next line says so."""
+        self._saving += seconds
+
+    def means_since(self, step: int) -> dict[str, float]:
+        """Each metric's mean over the lines of applied steps after `step`."""
+        values: dict[str, list[float]] = {}
+        for line in reversed(self._metrics.read_text().splitlines()):
+            if _step_of(line) <= step:
+                break
+            found = json.loads(line)
+            for name, value in found.items() if found["applied"] else ():
+                if isinstance(value, int | float) and name not in ("step", "applied"):
+                    values.setdefault(name, []).append(float(value))
+        return {name: fmean(every) for name, every in values.items()}
+
+    def log_fault(self, line: Mapping[str, Any]) -> None:
+        self._append(self.faults, [line])
+
+    def log_straggler(self, line: Mapping[str, Any]) -> None:
+        self._append(self._stragglers, [line])
+
+    def mark_for_requeue(self, step: int, asked: signal.Signals) -> None:
+        """For whatever started the run to start it again. `step`: the newest that is saved."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        mark = {"step": step, "signal": asked.name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_atomically(mark_path(self.path), json.dumps(mark) + "\n")
 
     def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
         self._append(self.dropped, [{"step": step, **asdict(d)} for d in dropped])
@@ -92,7 +132,16 @@ class RunFolder:
 
     def _append(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

@@ -11,6 +11,9 @@ import yaml
 
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
+from pivot_megatron.convert.start import describe_start
+from pivot_megatron.data.build import build_loader
+from pivot_megatron.data.loader import Loader
 from pivot_megatron.data_prep.synthetic import make_question, write_pairs
 from pivot_megatron.errors import UserError
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
@@ -46,6 +49,22 @@ def config_tree(world: Path, out: Path) -> dict[str, Any]:
 def write_config(path: Path, tree: Mapping[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(dict(tree)))
     return path
+
+
+def loader(
+    data: Path, rank: int = 0, size: int = 1, with_images: bool = True, shards: Path | None = None, **data_keys: object
+) -> Loader:
+    """Of the world `data`, or of other `shards`, by the config's defaults but for `data_keys`."""
+    tree = config_tree(data, data / "unused")
+    tree["batch"] |= {key: data_keys.pop(key) for key in ("global_size", "micro_tokens") if key in data_keys}
+    tree["model"]["encoder"] |= {"image_size": data_keys.pop("image_size", None)}
+    tree["data"] |= {"shards": [str(shards or data / "pairs")], **data_keys}
+    config = load_config(write_config(data / "loader.yaml", tree))
+    start = describe_start(config.model)
+    arch = start.architecture()
+    return build_loader(
+        config, data / "llm", start.image_views(), arch.encoder, arch.head, 2, rank, size, with_images=with_images
+    )
 
 
 def train_at(config_file: Path, layout: Layout) -> int:

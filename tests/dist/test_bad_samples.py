@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
-from pivot_megatron.data.shards import ShardReader, ShardWriter
-from pivot_megatron.errors import RunError
+from pivot_megatron.data.shard_writer import ShardWriter
+from pivot_megatron.data.shards import open_shards
+from pivot_megatron.errors import RuleError, UserError
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix
 from tests.dist.runs import config_tree, make_world, train_at, write_config
@@ -22,10 +24,12 @@ BROKEN = {"001": "bad_image", "007": "bad_image", "011": "missing_field", "019":
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pairs twice: `broken`, some of them damaged, and `sound`, without those."""
+    """The same pairs: `broken`, some of them damaged; `sound`, without those; `cut`, the two of them with half an image."""
     folder = make_world(tmp_path_factory.mktemp("world"), pairs=24)
-    reader = ShardReader(folder / "pairs")
-    with ShardWriter(folder / "broken", 100) as broken, ShardWriter(folder / "sound", 100) as sound:
+    reader = open_shards(folder / "pairs")
+    names = ("broken", "sound", "cut")
+    with ExitStack() as stack:
+        broken, sound, other = (stack.enter_context(ShardWriter(folder / name, 100)) for name in names)
         for n in range(len(reader)):
             pair, key = reader.read(n), f"{n:03d}"
             row = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}  # type: ignore[union-attr]
@@ -37,8 +41,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             elif key == "019":
                 broken.write(key, pair.image, "jpg", row | {"chosen": "a"} | {"rejected": "a"}, rejected_image=pair.image)
             else:
-                broken.write(key, b"\xff\xd8\xff no image", "jpg", row)
+                broken.write(key, cut(pair.image), "jpg", row)
+                other.write(key, cut(pair.image), "jpg", row)
     return folder
+
+
+def cut(image: bytes | None) -> bytes:
+    """Its head is whole, so that only who decodes it sees that it is broken."""
+    assert image is not None
+    return image[: len(image) // 2]
 
 
 def config(data: Path, folder: Path, shards: str = "broken", size: int = 24, **keys: Any) -> Path:
@@ -83,7 +94,9 @@ def test_past_the_share_the_run_stops(layout, world, data: Path, workers: Worker
 
 def test_unless_told_the_run_stops_at_the_first(data: Path, workers: Workers, tmp_path: Path) -> None:
     (said,) = workers.run(run_error, None, 1, config(data, tmp_path / "r", on_bad_sample="stop"), Layout())
-    assert "sample 0" in said and "set data.on_bad_sample: skip" in said
+    assert "2 of 24 samples are broken, the first: sample 011: missing_field" in said
+    (said,) = workers.run(run_error, None, 1, config(data, tmp_path / "r", "cut", on_bad_sample="stop"), Layout())
+    assert "sample 00" in said and "bad_image" in said and "set data.on_bad_sample: skip" in said
     # And goes on once it is told otherwise.
     workers.run(train_at, None, 1, config(data, tmp_path / "r"), Layout())
     assert len(losses(tmp_path / "r")) == 2
@@ -97,7 +110,7 @@ def run_error(config_file: Path, layout: Layout) -> str:
 
     try:
         train(replace(load_config(config_file), layout=layout))
-    except RunError as error:
+    except (RuleError, UserError) as error:
         return str(error)
     raise AssertionError("the run went through")
 
@@ -105,6 +118,7 @@ def run_error(config_file: Path, layout: Layout) -> str:
 def test_a_global_batch_of_broken_samples_alone_stops_the_run(data: Path, workers: Workers, tmp_path: Path) -> None:
     with ShardWriter(data / "all-broken", 100) as broken:
         for n in range(4):
-            broken.write(f"{n}", b"\xff\xd8\xff no image", "jpg", {"question": "q", "chosen": "a", "rejected": "b"})
+            image = cut(open_shards(data / "sound").read(n).image)
+            broken.write(f"{n}", image, "jpg", {"question": "q", "chosen": "a", "rejected": "b"})
     (said,) = workers.run(run_error, None, 1, config(data, tmp_path / "r", "all-broken", 4, max_bad_share=1.0), Layout())
     assert "step 1: none of its 4 samples is sound" in said

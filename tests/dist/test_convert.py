@@ -139,6 +139,14 @@ def test_mistakes_are_one_line(folders, tmp_path: Path, capsys, arguments: list[
     assert not (tmp_path / "new").exists()
 
 
+def test_a_conversion_is_measured(tmp_path: Path, capsys) -> None:
+    assert main(["bench", "convert", "--head", "tiny", "--out", str(tmp_path / "bench"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] and found["head"] == "tiny"
+    assert min(found[f"{what}_seconds"] for what in ("copy", "import", "export")) > 0
+    assert found["largest_tensor"] < found["bytes"] < min(found["peak_import"], found["peak_export"])
+
+
 def test_scripts_are_the_same_commands(folders, tmp_path: Path, monkeypatch) -> None:
     encoder, head, imported = folders
 

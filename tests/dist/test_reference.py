@@ -51,6 +51,29 @@ def make_at(config_file: Path, layout: Layout) -> None:
     make_reference(replace(load_config(config_file), layout=layout))
 
 
+def make_beside_another(config_file: Path, batch: int) -> None:
+    """A worker's job: a reference pass during which another run makes the same file, from before batch number `batch` on."""
+    from pivot_megatron.train import reference, trainer
+
+    config, begun = load_config(config_file), 0
+    with pytest.MonkeyPatch.context() as patch, trainer._watched(config):
+        patch.setattr(reference, "SAMPLES_A_PART", 16)
+        _, arch, loader = trainer.described(config, config.model)
+
+        def before_batch() -> None:
+            nonlocal begun
+            begun += 1
+            if begun == batch:
+                other.files(make=True)
+
+        one, other = (
+            reference.ReferencePass(config, arch, config.model, loader, called)
+            for called in (before_batch, lambda: None)
+        )
+        one.files(make=True)
+    assert begun >= batch
+
+
 @matrix.layouts(matrix.TP2, matrix.PP2, matrix.DP2)
 def test_cached_equals_online_whatever_layout_made_it(layout, world, data: Path, tmp_path: Path, workers: Workers) -> None:
     forget(data)
@@ -79,6 +102,16 @@ def test_made_where_missing_refused_where_stale(data: Path, tmp_path: Path, work
     pq.write_table(table.slice(0, 30), file)
     (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "c", steps=1), Layout())
     assert "incomplete: expected 40 samples" in message and "found 30" in message
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_runs_that_make_the_same_file_at_once(batch: int, data: Path, tmp_path: Path, workers: Workers) -> None:
+    """As those of a sweep do, each when it begins. The file of the first stays, or an equal one takes its place."""
+    forget(data)
+    workers.run(make_beside_another, None, 1, config(data, tmp_path / "a"), batch)
+    (file,) = made(data)
+    assert len(pq.read_table(file)) == 40
+    workers.run(train_at, None, 1, config(data, tmp_path / "b", steps=1), Layout())
 
 
 def test_a_folder_that_cannot_be_written_to(data: Path, tmp_path: Path, workers: Workers) -> None:

@@ -147,10 +147,11 @@ def test_a_config_that_changed_is_refused(workers: Workers, unbroken: Path, data
     tree = config_tree(data, unbroken)
     tree["optimizer"] |= {"learning_rate": 2e-3}
     tree["batch"] |= {"global_size": 6}
+    tree["faults"] = {"spike_factor": 3.0}
     config = write_config(tmp_path / "run.yaml", tree)
     before = (unbroken / "config.yaml").read_text()
     (message,) = workers.run(train_error, None, 1, config, Layout())
-    assert [line.split(":")[0] for line in message.splitlines()] == ["optimizer", "batch"]
+    assert [line.split(":")[0] for line in message.splitlines()] == ["optimizer", "batch", "faults.spike_factor"]
     assert (unbroken / "config.yaml").read_text() == before
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pivot_megatron.convert.store import describe, resolve_checkpoint
-from pivot_megatron.data.shards import ShardWriter
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
+from pivot_megatron.convert.store import describe
+from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.data_prep.synthetic import make_question
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix

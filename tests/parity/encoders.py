@@ -190,7 +190,7 @@ class Library:
             layer.register_forward_hook(lambda _m, _i, out: found.append(out[0] if isinstance(out, tuple) else out))
             for layer in layers
         ]
-        last = [self._call(one, view.grids[0])[0] for one, view in zip(images.pixels, images.views, strict=True)]
+        last = [self._call([one], [view.grids[0]])[0] for one, view in zip(images.pixels, images.views, strict=True)]
         for hook in hooks:
             hook.remove()
         count = len(layers)

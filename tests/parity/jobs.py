@@ -40,13 +40,14 @@ from pivot_megatron.convert.load import (
     parameters_by_global_name,
 )
 from pivot_megatron.convert.plan import COMPONENTS, Slice, component_rows, part_shapes, rows_by_parameter
+from pivot_megatron.convert.saving import save_weights
 from pivot_megatron.convert.start import describe_start, start_weights
-from pivot_megatron.convert.store import describe, load_weights, save_weights
+from pivot_megatron.convert.store import describe, load_weights
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.model import vocabulary
-from pivot_megatron.model.composition import Architecture, VisionLanguageModel, build_model
+from pivot_megatron.model.composition import Architecture, Stage, VisionLanguageModel, build_model
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.runtime.device import Platform, current_platform
 from pivot_megatron.train.optimizer import apply_rules, build_optimization, wrap
@@ -54,6 +55,7 @@ from pivot_megatron.train.step import forward_logprobs, observed, train_step
 from tests.parity.images import Images, patches_of
 
 NOTHING_AGAIN = Recompute()
+FP32 = Precision("fp32")
 
 
 def architecture(encoder: Path, head: Path, anyres: AnyRes | None = None) -> Architecture:
@@ -61,10 +63,15 @@ def architecture(encoder: Path, head: Path, anyres: AnyRes | None = None) -> Arc
 
 
 def loaded_model(
-    layout: Layout, encoder: Path, head: Path, recompute: Recompute = NOTHING_AGAIN, anyres: AnyRes | None = None
-) -> VisionLanguageModel:
+    layout: Layout,
+    encoder: Path,
+    head: Path,
+    recompute: Recompute = NOTHING_AGAIN,
+    anyres: AnyRes | None = None,
+    precision: Precision = FP32,
+) -> Stage:
     arch = architecture(encoder, head, anyres)
-    model = build_model(arch, layout, Precision("fp32"), recompute)
+    model = build_model(arch, layout, precision, recompute)
     load_component(model, "encoder", hf_source(arch, "encoder", encoder))
     load_component(model, "llm", hf_source(arch, "llm", head))
     load_component(model, "projector", FreshParts(part_shapes(arch, "projector"), seed=5))
@@ -82,30 +89,32 @@ def one_by_one(pixels: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 def forward(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized], pixels: Tensor) -> dict[str, Tensor]:
     """What this rank sees of a forward pass: encoder layers on the first stage, log-probs and logits on the last."""
-    model = loaded_model(layout, encoder, head)
+    stage = loaded_model(layout, encoder, head)
     batch = packed(samples, pixels)
+    count = layout.micro_batch_multiple
     seen: dict[str, Tensor] = {}
-    if model.pre_process:
-        _watch_encoder(model, layout, seen)
-    if model.post_process:
-        model.llm.decoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("hidden", out.detach()))
+    first, last = stage[0], stage[-1]
+    if first.pre_process:
+        _watch_encoder(first, layout, seen)
+    if last.post_process:
+        last.llm.decoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("hidden", out.detach()))
 
-    def step(_iterator: Any, stage: VisionLanguageModel) -> tuple[Tensor, Any]:
-        return stage(batch), lambda out, non_loss_data: seen.__setitem__("logprobs", out.detach())
+    def step(_iterator: Any, chunk: VisionLanguageModel) -> tuple[Tensor, Any]:
+        return chunk(batch), lambda out, non_loss_data: seen.__setitem__("logprobs", out.detach())
 
     with torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=None,
-            model=[model],
-            num_microbatches=1,
+            data_iterator=[None] * len(stage),
+            model=list(stage),
+            num_microbatches=count,
             seq_length=1,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
-        if model.post_process:
-            seen["logits"] = _answer_logits(model, batch, seen.pop("hidden"))
+        if last.post_process:
+            seen["logits"] = _answer_logits(last, batch, seen.pop("hidden"))
     return seen
 
 
@@ -114,12 +123,13 @@ def encoder_pass(layout: Layout, encoder: Path, head: Path, images: Images, towa
     `towards`, of the features' shape, the gradients of their product and the weights, as Hugging Face tensors."""
     model = loaded_model(layout, encoder, head)
     arch = model.arch.encoder
-    if not model.pre_process:  # gathering is collective
+    chunk = model[0]
+    if not chunk.pre_process:  # gathering is collective
         return {} if towards is None else {"weights": hf_tensors(model), "gradients": hf_tensors(model)}
     seen: dict[str, Tensor] = {}
-    _watch_encoder(model, layout, seen)
-    model.encoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("features", out))
-    model.encoder(torch.cat(images.pixels), [grid for view in images.views for grid in view.grids])
+    _watch_encoder(chunk, layout, seen)
+    chunk.encoder.register_forward_hook(lambda _m, _i, out: seen.__setitem__("features", out))
+    chunk.encoder(torch.cat(images.pixels), [grid for view in images.views for grid in view.grids])
     length = images.places(arch)
     layers = [seen[f"encoder.{i}"][:length, 0] for i in range(model.arch.encoder_layers)]
     whole = seen["features"]
@@ -166,7 +176,12 @@ def stage_of_rank() -> tuple[int, int]:
 
 
 def run_config(
-    layout: Layout, encoder: Path, head: Path, objective: Sft | Dpo, rules: tuple[ParameterRule, ...] = ()
+    layout: Layout,
+    encoder: Path,
+    head: Path,
+    objective: Sft | Dpo,
+    rules: tuple[ParameterRule, ...] = (),
+    precision: Precision = FP32,
 ) -> RunConfig:
     """Settings whose effect on the weights is not drowned in noise: gradients whose true value is zero (key biases) must not
     turn into a full Adam step, so epsilon is large; the clip is low enough to be in force."""
@@ -181,7 +196,7 @@ def run_config(
         ),
         batch=Batch(global_size=8, micro_tokens=4096, steps=10),
         layout=layout,
-        precision=Precision("fp32"),
+        precision=precision,
         parameters=rules,
         seed=5,
     )
@@ -194,13 +209,13 @@ Shares = list[list[tuple[Any, ...]]]
 one after another."""
 
 
-def whole_gradients(wrapped: Any) -> None:
+def whole_gradients(wrapped: Sequence[Any]) -> None:
     """The distributed optimizer leaves each rank its own part of a reduced buffer: gather the parts, so that `main_grad`
     is whole."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return
-    for buffer in wrapped.buffers:
+    for buffer in (buffer for chunk in wrapped for buffer in chunk.buffers):
         for bucket in buffer.buckets:
             parts = bucket.grad_data.chunk(group.size())
             gathered = [torch.empty_like(parts[0]) for _ in parts]
@@ -220,13 +235,16 @@ def train_steps(
     tile_bytes: int | None = None,
     cached: bool = False,
     anyres: AnyRes | None = None,
+    precision: Precision = FP32,
 ) -> dict[str, Any]:
     """`steps` optimizer steps on the same batch: the first's gradients and the last's weights as Hugging Face tensors.
 
     `tile_bytes`: how much of the logits may stand at once. `cached`: the reference's log-probs come with the batches.
     """
     with unittest.mock.patch.object(vocabulary, "current_platform", lambda: in_tiles(tile_bytes)):
-        return _train_steps(layout, encoder, head, shares, objective, steps, rules, recompute, cached, anyres)
+        return _train_steps(
+            layout, encoder, head, shares, objective, steps, rules, recompute, cached, anyres, precision
+        )
 
 
 def in_tiles(tile_bytes: int | None) -> Platform:
@@ -245,25 +263,29 @@ def _train_steps(
     recompute: Recompute,
     cached: bool,
     anyres: AnyRes | None,
+    precision: Precision,
 ) -> dict[str, Any]:
-    config = run_config(layout, encoder, head, objective, rules)
-    model = loaded_model(layout, encoder, head, recompute, anyres)
+    config = run_config(layout, encoder, head, objective, rules, precision)
+    model = loaded_model(layout, encoder, head, recompute, anyres, precision)
     judge = build_objective(objective)
     reference = None
     if judge.needs_reference:
-        reference = loaded_model(layout, encoder, head, anyres=anyres).eval().requires_grad_(False)
+        reference = loaded_model(layout, encoder, head, anyres=anyres, precision=precision)
+        reference.eval().requires_grad_(False)
     apply_rules(model, config.parameters)
     wrapped = wrap(model, layout)
     optimization = build_optimization(wrapped, config, steps=10)
     own = shares[parallel_state.get_data_parallel_rank()]
-    batches = [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own]
+    batches = filled_up(
+        [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own], layout
+    )
     if cached:
         assert reference is not None
         known = forward_logprobs(reference, batches)
         batches = [replace(batch, reference=logps) for batch, logps in zip(batches, known, strict=True)]
         reference = None
     gradients: dict[str, Tensor] = {}
-    plain_step = optimization.optimizer.step
+    plain = optimization.optimizer.prepare_grads
 
     def keep_gradients() -> Any:
         if not gradients:
@@ -274,16 +296,22 @@ def _train_steps(
             gradients.update(hf_tensors(model))
             for p, data, _ in swapped:
                 p.data = data
-        return plain_step()
+        return plain()
 
-    optimization.optimizer.step = keep_gradients
+    optimization.optimizer.prepare_grads = keep_gradients
     results = []
     for _ in range(steps):
         results.append(train_step(wrapped, optimization, judge, batches, reference))
         judge = observed(judge, results[-1])
     if layout.overlap_parameter_gather:
-        wrapped.start_param_sync(force_sync=True)
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)
     return {"gradients": gradients, "weights": hf_tensors(model), "results": results}
+
+
+def filled_up(batches: list[PackedBatch], layout: Layout) -> list[PackedBatch]:
+    """With empty ones, to as many as the layout's schedule takes."""
+    return [*batches, *[pack([], [], 2, 4)] * (-len(batches) % layout.micro_batch_multiple)]
 
 
 def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool = False) -> dict[str, Tensor]:
@@ -299,7 +327,7 @@ def round_trip(layout: Layout, encoder: Path, head: Path, swap_on_export: bool =
     return hf_tensors(model)
 
 
-def _differing(model: VisionLanguageModel, component: str, folder: Path) -> list[str]:
+def _differing(model: Stage, component: str, folder: Path) -> list[str]:
     source, found = hf_source(model.arch, component, folder), hf_tensors(model)
     parts = [part for row in component_rows(model.arch, component) for part in row.hf]
     return [part for part in parts if not torch.equal(found[part], source.read(part, Slice()))]
@@ -308,7 +336,7 @@ def _differing(model: VisionLanguageModel, component: str, folder: Path) -> list
 def logprob_gradients(layout: Layout, encoder: Path, head: Path, samples: list[Tokenized]) -> dict[str, Tensor]:
     """Of the sum of all answers' log-probs, in one process."""
     model = loaded_model(layout, encoder, head)
-    model(pack(samples, [], 2, multiple=4)).sum().backward()
+    model.whole(pack(samples, [], 2, multiple=4)).sum().backward()
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return hf_tensors(model)
@@ -321,7 +349,9 @@ def one_step(layout: Layout, encoder: Path, head: Path, shares: Shares, objectiv
     wrapped = wrap(model, layout)
     optimization = build_optimization(wrapped, config, steps=10)
     own = shares[parallel_state.get_data_parallel_rank()]
-    batches = [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own]
+    batches = filled_up(
+        [pack(samples, one_by_one(pixels), judge.branches, 4, *index) for samples, pixels, *index in own], layout
+    )
     known = forward_logprobs(model, batches)  # the model before its first step is its own reference
     batches = [replace(batch, reference=logps) for batch, logps in zip(batches, known, strict=True)]
     result = train_step(wrapped, optimization, judge, batches, None)
@@ -329,7 +359,7 @@ def one_step(layout: Layout, encoder: Path, head: Path, shares: Shares, objectiv
     return {"loss": result.loss, "grad_norm": result.grad_norm, "unmoved": unmoved}
 
 
-def _unmoved(model: VisionLanguageModel, folders: dict[str, Path]) -> list[str]:
+def _unmoved(model: Stage, folders: dict[str, Path]) -> list[str]:
     """But for a key's bias, which adds the same to every score: its true gradient is zero."""
     names = []
     for component, folder in folders.items():

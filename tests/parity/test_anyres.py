@@ -35,9 +35,11 @@ from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.verify import verify_checkpoint
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5, render
+from pivot_megatron.data.images import ImageTransform
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.sample import Pair
 from pivot_megatron.data.tokens import SampleTokenizer, Tokenized
+from pivot_megatron.data.views import Tiled, pixels_of
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.projector import joined
 from tests import matrix
@@ -83,7 +85,7 @@ def ours(checkpoint: Path) -> tuple[list[Tokenized], list[Tensor]]:
     views, tokenizer = description.image_views(), load_tokenizer(description.llm)
     tokenize = SampleTokenizer(tokenizer, qwen_1_5, None, 2048, 2, "drop")
     samples = [tokenize(pair, [views.view(*size)]) for pair, size in zip(PAIRS, SIZES, strict=True)]
-    return samples, [views.pixels(pair.image or b"", "pil") for pair in PAIRS]
+    return samples, [pixels_of(views, pair.image or b"", "pil") for pair in PAIRS]
 
 
 class Theirs:
@@ -188,6 +190,23 @@ def test_an_assembled_model_comes_back(checkpoint: Path, export: Path, tmp_path:
     assert describe(tmp_path / "again").image_views() == describe(checkpoint).image_views()
 
 
+def test_verify_takes_the_export_of_its_own_features_and_resolution(
+    checkpoint: Path, export: Path, folders: tuple[Path, Path], workers: Workers, tmp_path: Path
+) -> None:
+    """The export of an encoder's layers up to its features; tiles larger than the export's; tiles that are the default, which an
+    export writes out."""
+    import_assembled(export, tmp_path / "larger", None, image_size=48)
+    workers.run(jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "default", AnyRes())
+    export_checkpoint(tmp_path / "default", "mllm", tmp_path / "written-out", "drop", None)
+    for ours, theirs in (
+        (checkpoint, export),
+        (tmp_path / "larger", export),
+        (tmp_path / "default", tmp_path / "written-out"),
+    ):
+        found = verify_checkpoint(ours, None, None, mllm=theirs, tolerance=1e-5)
+        assert found.passed and "head log-probs" in {check.what for check in found.checks}, found.table()
+
+
 @matrix.layouts(matrix.SINGLE, slow=(matrix.TP2,))
 def test_greedy_answers_are_transformers_own(layout, world, workers: Workers, checkpoint: Path, export: Path) -> None:
     samples, pixels = ours(checkpoint)
@@ -199,6 +218,15 @@ def test_greedy_answers_are_transformers_own(layout, world, workers: Workers, ch
             wanted = theirs.model.generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=None)[0, length:]
         for found in workers.run(jobs.greedy, layout, world, checkpoint, sample, [image], 10):
             assert found == wanted.tolist()
+
+
+def test_tokens_of_a_true_size_are_as_many_as_the_readme_says() -> None:
+    steps = ImageTransform(resample=2, rescale_factor=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=384)
+    views = Tiled(steps, 24, AnyRes().every_grid, AnyRes().max_tiles)
+    assert [views.view(*size).tokens for size in ((384, 384), (640, 480))] == [1176, 2340]
+    sizes = range(50, 2500, 37)
+    assert views.view(713, 1928).tokens == 6946
+    assert max(views.view(width, height).tokens for width in sizes for height in sizes) < 7000
 
 
 def test_tiles_may_follow_upon_squares(folders: tuple[Path, Path], tmp_path: Path, workers: Workers) -> None:

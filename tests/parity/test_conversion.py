@@ -63,9 +63,8 @@ def test_table_covers_the_model_and_its_tp_axes(layout, world, workers: Workers,
                 assert partition_dim == tp_dim, name
 
 
-def test_swapped_query_and_key_fail_the_forward_pass(workers: Workers, checkpoints) -> None:
-    """A round trip through one wrong table is exact all the same; what reads wrong is the forward pass, and a table that
-    writes otherwise than it read fails the round trip."""
+def test_a_table_that_writes_otherwise_than_it_read_fails_the_round_trip(workers: Workers, checkpoints) -> None:
+    """One that is wrong both ways comes back exactly all the same: test_tampering.py has it fail the forward pass."""
     _, layout, world = matrix.SINGLE
     found = workers.run(jobs.round_trip, layout, world, *checkpoints, True)[0]
     wanted = stored(*checkpoints)

@@ -29,6 +29,7 @@ from pivot_megatron.data.chat import qwen_1_5
 from pivot_megatron.data.images import decode_rgb
 from pivot_megatron.data.sample import Pair
 from pivot_megatron.data.tokens import SampleTokenizer
+from pivot_megatron.data.views import pixels_of
 from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.answers import ExportedModel
 from tests import matrix
@@ -81,6 +82,21 @@ def test_what_any_layout_saves_is_read_whole(
             assert torch.equal(found, shard_of(row, source, 0, 1)), name
 
 
+@pytest.mark.parametrize("name", ["siglip", "dinov2-giant-padded"])
+def test_what_four_ranks_saved_comes_back_from_its_files(
+    name: str, workers: Workers, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """More ranks than the head has key-value groups, and an MLP that is padded."""
+    encoder, (_, layout, world) = make(name, tmp_path / "encoder"), matrix.TP4
+    workers.run(jobs.save_checkpoint, layout, world, encoder, folders[1], tmp_path / "saved")
+    export_checkpoint(tmp_path / "saved", "encoder", tmp_path / "export", "original", encoder)
+    stored, found = (load_file(f / hf.WEIGHTS) for f in (encoder, tmp_path / "export"))
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[n], tensor) for n, tensor in stored.items())
+    found = verify_checkpoint(tmp_path / "saved", encoder, folders[1])
+    assert found.passed, found.table()
+
+
 def test_an_import_loads_at_any_layout_and_verifies(
     workers: Workers, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -112,6 +128,8 @@ def test_every_family_goes_back_to_its_own_library(family: Path, folders: tuple[
     shorter = replace(arch.encoder, layers=arch.encoder_layers)
     dropped = Library(replace(arch, encoder=shorter, feature_layer=-1), tmp_path / "drop")
     whole = Library(arch, tmp_path / "whole")
+    facts = [json.loads((tmp_path / name / "pivot_export.json").read_text()) for name in ("drop", "whole")]
+    assert facts[1]["lacks"] == [] and all(name.startswith("pooler.") for name in facts[0]["lacks"])
     with torch.no_grad():
         assert torch.equal(dropped.features(images), features)
         assert torch.equal(whole.features(images), features)
@@ -202,7 +220,7 @@ def test_greedy_answers_are_transformers_own(
     exported = ExportedModel(tmp_path / "llava")
     prompt = exported.prompt(pair.question)
     inputs = exported.processor(images=decode_rgb(noise(50, 40)), text=prompt, return_tensors="pt")
-    pixels = views.pixels(noise(50, 40), "pil")
+    pixels = pixels_of(views, noise(50, 40), "pil")
     with torch.no_grad():
         whole = exported.model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)[0]
     wanted = whole[inputs["input_ids"].shape[1] :].tolist()
@@ -224,6 +242,151 @@ def assert_verified(checkpoint: Path, mllm: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     failed = {c.what for c in verify_checkpoint(checkpoint, None, None, mllm=path.parent).checks if not c.passed}
     assert {"tensor multi_modal_projector.linear_1.bias", "head layer 0"} <= failed
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_verify_takes_a_checkpoints_own_exports(name: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of as many layers as the checkpoint has; and the folder that it began from, of more."""
+    encoder = make(name, tmp_path / "encoder")
+    checkpoint = imported(tmp_path, encoder, folders[1])
+    for part, out in (("encoder", "drop"), ("mllm", "llava")):
+        export_checkpoint(checkpoint, part, tmp_path / out, "drop", None)  # type: ignore[arg-type]
+    layers = [f"encoder layer {n}" for n in range(3)]
+    for folder in (encoder, tmp_path / "drop"):
+        found = verify_checkpoint(checkpoint, folder, None)
+        assert found.passed, found.table()
+        assert [check.what for check in found.checks if not check.what.startswith("tensor ")] == layers
+    assert_verified(checkpoint, tmp_path / "llava")
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_verify_of_an_assembled_model_at_another_resolution(
+    name: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Positions are interpolated there as transformers is called, here once."""
+    checkpoint = imported(tmp_path, make(name, tmp_path / "encoder"), folders[1])
+    export_checkpoint(checkpoint, "mllm", tmp_path / "llava", "drop", None)
+    import_assembled(tmp_path / "llava", tmp_path / "larger", None, image_size=48)
+    assert describe(tmp_path / "larger").architecture().encoder.image_size == 48
+    assert_verified(tmp_path / "larger", tmp_path / "llava")
+    export_checkpoint(tmp_path / "larger", "mllm", tmp_path / "larger-llava", "drop", None)
+    found = verify_checkpoint(tmp_path / "larger", None, None, mllm=tmp_path / "larger-llava")
+    assert found.passed, found.table()
+
+
+def test_verify_of_an_assembled_model_at_other_features(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    export_checkpoint(imported(tmp_path, *folders), "mllm", tmp_path / "llava", "drop", None)
+    import_assembled(tmp_path / "llava", tmp_path / "earlier", -2)
+    found = verify_checkpoint(tmp_path / "earlier", None, None, mllm=tmp_path / "llava")
+    assert found.passed, found.table()
+
+
+def in_dtype(folder: Path, dtype: torch.dtype, factor: float = 1.0) -> Path:
+    """A folder's tensors, times `factor`, in another dtype. Its config.json stays."""
+    path = folder / "model.safetensors"
+    tensors = {name: (tensor.float() * factor).to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_verify_tells_rounded_weights_from_those_that_moved(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint coarser than its folder did not train; one that is finer, and rounds to it, did."""
+    coarse, moved = (Path(shutil.copytree(folders[1], tmp_path / name)) for name in ("coarse", "moved"))
+    in_dtype(coarse, torch.bfloat16)
+    shutil.copyfile(coarse / hf.WEIGHTS, moved / hf.WEIGHTS)
+    in_dtype(moved, torch.float32, factor=1 + 2e-5)
+    assert main(["convert", "verify", str(imported(tmp_path / "a", folders[0], moved)), "--llm", str(coarse)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "0 tensors equal, bit for bit"
+    assert sum("moved by less than bfloat16 shows" in line for line in said) == len(load_file(coarse / hf.WEIGHTS))
+    command = ["convert", "verify", str(imported(tmp_path / "b", folders[0], coarse)), "--llm", str(folders[1])]
+    assert main([*command, "--tolerance", "0.1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "0 tensors equal, bit for bit"
+    assert said[1].endswith("tensors equal once rounded to bfloat16, which the checkpoint holds them in")
+
+
+def tensor_dtypes(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / hf.WEIGHTS).values()}
+
+
+def test_an_export_rounds_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever config.json says of its dtype: it may be as wrong as many are."""
+    encoder, head = (Path(shutil.copytree(f, tmp_path / f.name)) for f in folders)
+    for folder in (encoder, head):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    checkpoint = imported(tmp_path, encoder, head)
+    for name, part, last, original in (
+        ("drop", "encoder", "drop", None),
+        ("whole", "encoder", "original", encoder),
+        ("mllm", "mllm", "drop", None),
+    ):
+        export_checkpoint(checkpoint, part, tmp_path / name, last, original)  # type: ignore[arg-type]
+        assert tensor_dtypes(tmp_path / name) == {torch.float32}
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert [c["dtype"] for c in (config, *(config.get(f"{x}_config", config) for x in ("vision", "text")))] == [
+            "float32"
+        ] * 3
+    stored = load_file(encoder / hf.WEIGHTS)
+    found = load_file(tmp_path / "whole" / hf.WEIGHTS)
+    assert found.keys() == stored.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+    assert verify_checkpoint(checkpoint, tmp_path / "drop", None, mllm=tmp_path / "mllm").passed
+
+
+def test_what_trained_finer_than_the_original_stays_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """float32 weights of a run from a bfloat16 folder, and what of it did not train."""
+    coarse, trained = (Path(shutil.copytree(folders[0], tmp_path / name)) for name in ("coarse", "trained"))
+    in_dtype(coarse, torch.bfloat16)
+    shutil.copyfile(coarse / hf.WEIGHTS, trained / hf.WEIGHTS)
+    in_dtype(trained, torch.float32)
+    changed_name = FC1
+    tensors = load_file(trained / hf.WEIGHTS)
+    tensors[changed_name] *= 1 + 2e-5
+    save_file(tensors, trained / hf.WEIGHTS, metadata={"format": "pt"})
+    checkpoint = imported(tmp_path, trained, folders[1])
+    export_checkpoint(checkpoint, "encoder", tmp_path / "whole", "original", coarse)
+    stored, found = load_file(coarse / hf.WEIGHTS), load_file(tmp_path / "whole" / hf.WEIGHTS)
+    assert torch.equal(found.pop(changed_name), tensors[changed_name])
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, stored[name]) for name, t in found.items())
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"
+    assert verify_checkpoint(checkpoint, tmp_path / "whole", None).passed
+
+
+def test_parts_of_several_dtypes_are_put_together_in_the_finest(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def coarse_queries(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: t.bfloat16() for name, t in tensors.items() if "q_proj" in name}
+
+    encoder = changed(folders[0], tmp_path / "encoder", coarse_queries)
+    checkpoint = imported(tmp_path, encoder, folders[1])
+    assert verify_checkpoint(checkpoint, encoder, None).passed
+    export_checkpoint(checkpoint, "encoder", tmp_path / "whole", "original", encoder)
+    stored, found = load_file(encoder / hf.WEIGHTS), load_file(tmp_path / "whole" / hf.WEIGHTS)
+    assert all(t.dtype == stored[name].dtype and torch.equal(t, stored[name]) for name, t in found.items())
+
+
+def test_a_pooler_is_put_back_or_said_to_be_lacking(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stands past a ViT's features, and transformers' class draws one where a folder has none."""
+    vit = make("vit", tmp_path / "vit")
+    pooler = ["pooler.dense.bias", "pooler.dense.weight"]
+    checkpoint = imported(tmp_path, vit, folders[1])
+    for out, options, lacks in (
+        ("whole", ["--last-layer", "original", "--original", str(vit)], []),
+        ("drop", [], pooler),
+    ):
+        command = ["convert", "export", str(checkpoint), "--part", "encoder", "--out", str(tmp_path / out)]
+        assert main([*command, *options]) == 0
+        assert ("the library draws them at random" in capsys.readouterr().err) == bool(lacks)
+        assert sorted(json.loads((tmp_path / out / "pivot_export.json").read_text())["lacks"]) == lacks
+        model, told = ViTModel.from_pretrained(tmp_path / out, output_loading_info=True)
+        assert sorted(told["missing_keys"]) == lacks and not told["unexpected_keys"]
+        if not lacks:
+            stored = load_file(vit / hf.WEIGHTS)
+            assert all(torch.equal(model.state_dict()[name], stored[name]) for name in pooler)
 
 
 def test_features_past_a_final_norm_are_no_llava(folders: tuple[Path, Path], tmp_path: Path) -> None:

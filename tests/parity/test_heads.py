@@ -59,7 +59,19 @@ def test_import_and_verify(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert verify_checkpoint(tmp_path / "checkpoint", *folders).passed
 
 
-@matrix.layouts(matrix.TP2_PP2)
+@matrix.layouts(matrix.SINGLE, matrix.TP2_PP2)
+def test_a_saved_checkpoint_comes_back_from_its_files(
+    layout, world, workers: Workers, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    workers.run(jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
+    export_checkpoint(tmp_path / "saved", "mllm", tmp_path / "llava", "drop", None)
+    found = load_file(tmp_path / "llava" / "model.safetensors")
+    for name, tensor in load_file(folders[1] / "model.safetensors").items():
+        assert torch.equal(found[f"language_model.{name}"], tensor), name
+    assert verify_checkpoint(tmp_path / "saved", *folders).passed
+
+
+@matrix.layouts(matrix.SINGLE, matrix.TP2_PP2)
 def test_round_trip_is_bit_exact(layout, world, workers: Workers, folders: tuple[Path, Path]) -> None:
     wanted = load_file(folders[1] / "model.safetensors")
     for found in workers.run(jobs.round_trip, layout, world, *folders):

@@ -15,7 +15,9 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from pivot_megatron.config.schema import Component, Encoder, Layout, Model
 from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from pivot_megatron.convert.start import describe_start
+from pivot_megatron.data.views import pixels_of
 from pivot_megatron.errors import UserError
+from tests.checkpoints import list_again
 from tests.harness import Workers
 from tests.parity import jobs
 from tests.parity.encoders import make
@@ -35,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_features_of_files_are_transformers_own(workers: Workers, folders: tuple[Path, Path]) -> None:
     files = [noise(*size) for size in SIZES]
     views = describe_start(Model(encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1]))).image_views()
-    images = Images([views.pixels(file, "pil") for file in files], tuple(views.view(*size) for size in SIZES))
+    images = Images([pixels_of(views, file, "pil") for file in files], tuple(views.view(*size) for size in SIZES))
     processor = Siglip2ImageProcessorPil.from_pretrained(folders[0])
     batch = processor(images=[Image.open(io.BytesIO(file)) for file in files], return_tensors="pt")
     mask = batch["pixel_attention_mask"].bool()
@@ -56,6 +58,7 @@ def test_an_export_takes_the_runs_resolution_with_it(folders: tuple[Path, Path],
     assert description.image_views().view(64, 64).tokens == 49
     facts = tmp_path / "checkpoint" / "model.json"
     facts.write_text(facts.read_text().replace('"max_patches": null', '"max_patches": 60'))
+    list_again(tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", "encoder", tmp_path / "more", "drop", None)
     assert Siglip2ImageProcessorPil.from_pretrained(tmp_path / "more").max_num_patches == 60
 

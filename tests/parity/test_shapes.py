@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,13 +33,13 @@ from transformers import (
 )
 
 from pivot_megatron.config.schema import Layout
-from pivot_megatron.convert.load import check_layout_fits
 from pivot_megatron.convert.plan import part_shapes
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.families.registry import ENCODERS, HEADS, encoder_architecture, head_architecture
 from pivot_megatron.families.table import spellings
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.fit import require_fit
 from tests.parity.encoders import as_timm
 
 LIBRARY: dict[str, tuple[Any, Any]] = {
@@ -126,11 +130,12 @@ def test_heads(name: str) -> None:
     assert head.padded_vocabulary == head.vocabulary  # nothing of the true ones is padded
     for size in (n for n in range(1, case.largest + 1) if case.largest % n == 0):
         assert head.groups % size == 0
-        check_layout_fits(arch, Layout(tensor=size))
+        require_fit(arch, Layout(tensor=size))
     size, said = case.refused
     with pytest.raises(UserError) as refusal:
-        check_layout_fits(arch, Layout(tensor=size))
-    assert str(refusal.value).endswith(f"must divide by it, found {size}")
+        require_fit(arch, Layout(tensor=size))
+    assert f"must divide by it, found {size}; the nearest that would do is " in str(refusal.value)
+    require_fit(arch, Layout(tensor=int(str(refusal.value).split()[-1])))
     assert all(part in str(refusal.value) for part in said.split(", "))
 
 
@@ -223,6 +228,21 @@ def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for n, chunk in enumerate(tensor.chunk(chunks)):
             shapes[f"{name}[{n}/3]" if chunks == 3 else name] = tuple(chunk.shape)
     return {name: shape for name, shape in shapes.items() if not name.startswith("pooler.")}
+
+
+@pytest.mark.parametrize("family", ENCODERS.values(), ids=ENCODERS)
+def test_what_the_documentation_says_a_family_has(family: ModuleType) -> None:
+    """`docs/adding-an-encoder.md`, by name and arguments."""
+    text = (Path(__file__).parents[2] / "docs" / "adding-an-encoder.md").read_text()
+    said = re.findall(
+        r"^\| `(\w+)(?:\(([\w, ]+)\))?` \|", text.partition("## 2.")[0].partition("Names` (in")[0], re.MULTILINE
+    )
+    assert {"HF_PREFIX", "table", "export_config"} <= {name for name, _ in said}
+    for name, arguments in said:
+        found = getattr(family, name)
+        if arguments:
+            required = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty]
+            assert required == arguments.split(", "), name
 
 
 def test_every_encoder_family_has_a_true_size() -> None:

@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pivot_megatron.cli import main
 from pivot_megatron.convert import export, load
-from pivot_megatron.convert.commands import import_checkpoint
+from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from pivot_megatron.convert.export import Trained
 from pivot_megatron.convert.plan import component_rows
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.table import Copy, FuseQKV, Row
+from pivot_megatron.families import qwen2, siglip
+from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, Row
 from pivot_megatron.model.composition import Architecture
 from tests.parity.reference import make_checkpoints
 
@@ -102,7 +104,7 @@ def test_the_round_trip_shows_just_what_is_wrong(case: str, component: str, fold
         return tamper(component_rows(arch, component))
 
     with unittest.mock.patch.object(export, "component_rows", tampered):
-        found = dict(Trained(arch, CheckpointParameters(checkpoint / "tensors")).parts(component, None))
+        found = dict(Trained(arch, CheckpointParameters(checkpoint / "tensors")).parts(component))
     assert found.keys() <= built
     assert built - found.keys() == {name for name in built if in_layer(name, component, lack)}
     wrong = {name for name, tensor in found.items() if not torch.equal(tensor, stored[name])}
@@ -113,6 +115,35 @@ def in_layer(name: str, component: str, said: Callable[[str], bool]) -> bool:
     """Of a tensor of a layer, what is said of its name behind the layer's prefix."""
     prefix = LAYERS[component]
     return name.startswith(prefix) and said(name.removeprefix(prefix))
+
+
+def gate_as_up(rows: Rows) -> Rows:
+    return tuple(replace(row, hf=row.hf[::-1]) if isinstance(row.transform, FuseGatedMLP) else row for row in rows)
+
+
+# A family, its tables' mistake, and which checks see it.
+BOTH_WAYS = {"encoder": (siglip, swapped, "encoder layer"), "llm": (qwen2, gate_as_up, "head")}
+
+
+@pytest.mark.parametrize("component", BOTH_WAYS)
+def test_a_table_that_is_wrong_both_ways_fails_the_forward_pass(
+    component: str, folders, tmp_path: Path, capsys
+) -> None:
+    """Every tensor comes back bit for bit, from under the very names where it does not belong."""
+    family, tamper, seen = BOTH_WAYS[component]
+    folder = folders[0 if component == "encoder" else 1]
+    table = family.table
+    with unittest.mock.patch.object(family, "table", lambda arch: tamper(table(arch))):
+        import_checkpoint(*folders[:2], tmp_path / "checkpoint", None, 5)
+        export_checkpoint(tmp_path / "checkpoint", "mllm", tmp_path / "llava", "drop", None)
+        assert main(["convert", "verify", str(tmp_path / "checkpoint"), f"--{component}", str(folder)]) == 1
+    stored, back = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "llava"))
+    back = {name.removeprefix("vision_tower.").removeprefix("language_model."): tensor for name, tensor in back.items()}
+    same = [name for name, tensor in stored.items() if name in back and torch.equal(back[name], tensor)]
+    assert {name for name in stored if ".layers.0." in name} <= set(same)
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("FAIL tensor") for line in lines)
+    assert any(line.startswith(f"FAIL {seen}") for line in lines)
 
 
 def test_a_layer_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def check(
             assert found.grad_norm == pytest.approx(wanted["norms"][step], rel=TOLERANCE)
 
 
-@matrix.layouts(*matrix.TRAINING)
+@matrix.layouts(*matrix.TRAINING, slow=matrix.MORE_TRAINING)
 def test_dpo_training_equals_plain_torch(layout, world, workers: Workers, checkpoints, expected) -> None:
     name = "dpo"
     results = workers.run(jobs.train_steps, layout, world, *checkpoints, shares(layout, world), OBJECTIVES[name], STEPS)

@@ -74,7 +74,7 @@ def came_back(checkpoint: Path, component: str, folder: Path) -> None:
     arch = describe(checkpoint).architecture()
     source, trained = hf_source(arch, component, folder), Trained(arch, CheckpointParameters(checkpoint / "tensors"))
     count = 0
-    for count, (name, tensor) in enumerate(trained.parts(component, None), 1):  # noqa: B007
+    for count, (name, tensor) in enumerate(trained.parts(component), 1):  # noqa: B007
         assert torch.equal(tensor, source.read(name, Slice())), name
     assert count > 200
     shutil.rmtree(checkpoint)

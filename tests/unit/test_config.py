@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from pivot_megatron.cli import main
 from pivot_megatron.config import document
 from pivot_megatron.config.keys import all_keys
 from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
-from pivot_megatron.config.schema import Dpo, ParameterRule, RunConfig, Sft
+from pivot_megatron.config.schema import Dpo, Fp8, ParameterRule, RunConfig, Sft, Source
 from pivot_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,7 @@ def test_a_file_becomes_a_config_with_defaults(valid: Path) -> None:
     config = load_config(valid)
     assert config.objective == Dpo(beta=0.1)
     assert config.optimizer.learning_rate == 1e-6  # text to YAML, which wants a dot
-    assert config.data.shards == (Path("s"),)
+    assert config.data.shards == (Source("s"),)
     assert config.parameters == (ParameterRule("encoder.*", "frozen"),)
     assert (config.layout.tensor, config.seed) == (1, 777)
 
@@ -78,7 +80,7 @@ def test_bases_lie_under_the_file_and_later_ones_over_earlier_ones(tmp_path: Pat
     run = write(tmp_path / "run.yaml", {"base": ["second.yaml", third.name], "batch": {"epochs": 1}})
     config = load_config(run)
     assert (config.seed, config.layout.tensor, config.layout.pipeline) == (3, 2, 1)
-    assert (config.data.shards, config.batch.epochs, config.batch.global_size) == ((Path("t"),), 1, 8)
+    assert (config.data.shards, config.batch.epochs, config.batch.global_size) == ((Source("t"),), 1, 8)
 
 
 def test_another_kind_replaces_the_objective_of_the_base(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_overrides(valid: Path) -> None:
     ]
     config = load_config(valid, overrides)
     assert config.layout.tensor == 2
-    assert config.data.shards == (Path("a"), Path("b/c"))
+    assert config.data.shards == (Source("a"), Source("b/c"))
     assert (config.batch.epochs, config.batch.steps) == (None, 7)
     assert config.parameters == (ParameterRule("encoder.*", 0.5),)
     assert config.model.encoder.sources == config.model.projector.sources == ("checkpoint",)
@@ -182,7 +184,11 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
             'objective.losses.ippo: expected "sigmoid", "robust", "hinge", "ipo", "bco" or "sft", found "ippo"',
         ),
         ("objective.losses", ["ipo"], 'objective.losses: expected a mapping of keys, found ["ipo"]'),
-        ("checkpoints.x", 1, "checkpoints.x: unknown key; the keys here are every, keep"),
+        (
+            "checkpoints.x",
+            1,
+            "checkpoints.x: unknown key; the keys here are every, keep, keep_every, keep_best, asynchronous, most_blocked",
+        ),
         ("objective", {"kind": "ppo"}, 'objective.kind: expected "sft" or "dpo", found "ppo"'),
         ("objective", {}, 'objective.kind: missing; expected "sft" or "dpo"'),
         ("objective", "dpo", 'objective: expected a mapping of keys, found "dpo"'),
@@ -245,7 +251,9 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
     wrong = write(tmp_path / "wrong.yaml", VALID | {"seed": "x"})
     assert main(["check", str(wrong), str(valid), str(tmp_path / "none.yaml")]) == 2
     out, err = capsys.readouterr()
-    assert out.splitlines() == [f"{valid}: ok"]
+    assert out.splitlines() == [
+        f"{valid}: ok, but for its layout, which is not held against the model: e does not exist"
+    ]
     assert err.splitlines()[0] == f'{wrong}: seed: expected a whole number, found "x"'
     assert "none.yaml: no such file" in err.splitlines()[1]
     assert main(["check", str(valid)]) == 0
@@ -268,6 +276,10 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
         ("layout.tensor", 0, "layout.tensor"),
         ("layout.first_stage_layers", 2, "layout.first_stage_layers"),
         ("layout.overlap_parameter_gather", True, "layout.overlap_parameter_gather"),
+        ("precision", {"compute": "fp32", "fp8": "tensorwise"}, "precision.compute"),
+        ("precision.fp8", {"recipe": "blockwise", "encoder": False, "llm": False}, "precision.fp8"),
+        ("precision.fp8", {"recipe": "blockwise", "last_layers_bf16": -1}, "precision.fp8.last_layers_bf16"),
+        ("precision.fp8", {"recipe": "delayed", "first_layers_bf16": 1}, "precision.fp8.recipe"),
         ("optimizer.learning_rate", 0, "optimizer.learning_rate"),
         ("optimizer.warmup_fraction", 1, "optimizer.warmup_fraction"),
         ("parameters", [{"match": "a", "rate": 0}], "parameters.0.rate"),
@@ -285,12 +297,31 @@ def test_check_reports_every_file(tmp_path: Path, valid: Path, capsys: pytest.Ca
         ),
         ("data.too_long", "truncate", "data.too_long"),
         ("data.shards", [], "data.shards"),
-        ("checkpoints.keep", 0, "checkpoints"),
+        ("data.shards", ["s3://bucket/pairs"], "data.cache"),
+        ("checkpoints.keep", 0, "checkpoints.keep"),
+        ("checkpoints.every", 0, "checkpoints.every"),
+        ("checkpoints.keep_every", 150, "checkpoints.keep_every"),
+        ("checkpoints.keep_best", {"metric": "loss", "count": 0}, "checkpoints.keep_best.count"),
+        ("checkpoints.most_blocked", 0, "checkpoints.most_blocked"),
     ],
 )
 def test_a_rule_across_fields_is_one_line(tmp_path: Path, key: str, value: Any, path: str) -> None:
     (line,) = errors_of(write(tmp_path / "run.yaml", set_key(copy.deepcopy(VALID), key, value)))
     assert line.startswith(f"{path}: ")
+
+
+def test_fp8_may_be_written_as_its_recipe_alone(tmp_path: Path) -> None:
+    short = load_config(write(tmp_path / "run.yaml", VALID | {"precision": {"fp8": "tensorwise"}}))
+    assert short.precision.fp8 == Fp8("tensorwise")
+    assert short.precision.fp8_of("encoder") and short.precision.fp8_of("llm")
+    one = {"recipe": "tensorwise", "encoder": False, "first_layers_bf16": 1}
+    long = load_config(write(tmp_path / "run.yaml", VALID | {"precision": {"fp8": one}}))
+    assert long.precision.fp8 == Fp8("tensorwise", encoder=False, first_layers_bf16=1)
+    assert long.precision.fp8_of("encoder") is None and long.precision.fp8_of("llm") == long.precision.fp8
+    again = write(tmp_path / "again.yaml", yaml.safe_load(dump_config(long)))
+    assert load_config(again) == long
+    (line,) = errors_of(write(tmp_path / "run.yaml", VALID | {"precision": {"fp8": "fast"}}))
+    assert line == 'precision.fp8: expected "delayed", "tensorwise" or "blockwise", found "fast"'
 
 
 def test_what_is_dumped_loads_to_an_equal_config(tmp_path: Path, valid: Path) -> None:
@@ -365,7 +396,7 @@ def test_a_stage_is_as_the_paper_has_it(stage: str) -> None:
     config = load_config(RUNS / f"{stage}.yaml")
     assert (config.name, config.out) == (stage, Path("runs") / stage)
     assert config.objective == objective
-    assert (config.data.shards, config.data.template) == ((Path("shards") / shards,), template)
+    assert (config.data.shards, config.data.template) == ((Source(f"shards/{shards}"),), template)
     assert {rule.match: rule.rate for rule in config.parameters} == rules
     assert (config.optimizer.learning_rate, config.batch.epochs) == (rate, epochs)
     assert source(config, "encoder") == encoder and source(config, "llm") == head
@@ -403,3 +434,32 @@ def test_the_sft_control_differs_from_dpo_in_the_objective_and_its_rate_alone() 
     dpo, sft = (load_config(RUNS / f"{name}.yaml") for name in ("2_dpo", "2_sft"))
     optimizer = replace(sft.optimizer, learning_rate=dpo.optimizer.learning_rate)
     assert replace(sft, name=dpo.name, out=dpo.out, objective=dpo.objective, optimizer=optimizer) == dpo
+
+
+def test_show_prints_what_a_run_would_be(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(valid), "layout.tensor=2"]) == 0
+    shown = write(tmp_path / "shown.yaml", yaml.safe_load(capsys.readouterr().out))
+    assert load_config(shown) == load_config(valid, ["layout.tensor=2"])
+    for key, value in (
+        ("out", "runs/n"),
+        ("layout.tensor", "2"),
+        ("data.shards.0.folder", "s"),
+        ("batch.steps", "null"),
+    ):
+        assert main(["show", str(valid), "layout.tensor=2", "--key", key]) == 0
+        assert capsys.readouterr().out == f"{value}\n"
+    for key in ("outt", "layout.tensors", "out.x", "data.shards.1", "data.shards.first"):
+        assert main(["show", str(valid), "--key", key]) == 2
+        assert f"--key {key}: the config has no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOENT, 2), (errno.ENOSPC, 2), (errno.ESTALE, 1), (errno.EIO, 1)])
+def test_a_file_error_that_may_pass_is_no_mistake_of_the_user(
+    number: int, code: int, valid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(number, os.strerror(number), "a/file")
+
+    monkeypatch.setattr("pivot_megatron.config.load.load_config", fails)
+    assert main(["show", str(valid)]) == code
+    assert capsys.readouterr().err == f"pivot: a/file: {os.strerror(number)}\n"

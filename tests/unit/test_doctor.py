@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pivot_megatron.cli import main
-from pivot_megatron.runtime import doctor
+from pivot_megatron.runtime import attention, doctor
 from pivot_megatron.runtime.doctor import Finding, as_text, examine
 
 
@@ -62,6 +63,19 @@ def test_packages_that_are_missing_say_what_they_cost(monkeypatch: pytest.Monkey
     # Nothing in the project uses these two, so nobody should spend an hour on building them.
     assert found["flash-attn"].ok and found["dali"].ok and "no need" in found["dali"].cost
     assert [name for name, finding in found.items() if not finding.ok] == ["transformer-engine", "apex", "transformers"]
+
+
+def test_what_a_run_would_compute_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding.found for finding in doctor._kernels()}
+    if not torch.cuda.is_available():  # noqa: TID251
+        assert found["layers"] == "megatron-core's own" and "torch's fused AdamW" in found["adam"]
+        assert "segment by segment" in found["attention"] and "apart" in found["weight gradients"]
+    monkeypatch.setattr(attention, "current_platform", lambda: SimpleNamespace(is_cuda=True, transformer_engine=False))
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    (none,) = doctor._kernels()
+    assert not none.ok and "install one of them" in none.cost
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    assert list(doctor._kernels()) == []
 
 
 def test_a_gpu_is_judged_by_its_compute_capability() -> None:

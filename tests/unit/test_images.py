@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from pivot_megatron.data.images import ImageError, ImageTransform, square_processor
+from pivot_megatron.data import images as images_module
+from pivot_megatron.data.images import ImageError, ImageTransform, decode_rgb, square_processor
 from pivot_megatron.errors import UserError
 
 SIGLIP = {
@@ -110,6 +111,24 @@ def test_torch_is_within_two_levels_of_pil(tmp_path: Path, resample: int) -> Non
         assert (torch_pixels.shape, torch_pixels.dtype) == ((3, 48, 48), torch.float32)
         difference = (torch_pixels - transform(data, "pil")).abs().max().item()
         assert difference <= 2 / 255 + 1e-6, (name, difference * 255)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_floats_resize_within_two_levels_of_bytes(mode: str) -> None:
+    """What a GPU does, done here: rounded between the passes, in their order."""
+    for height, width in ((37, 91), (300, 211), (150, 70), (70, 150), (73, 60), (72, 60), (49, 20), (1, 9)):
+        pixels = torch.from_numpy(noise(height, width))
+        exact, rounded = (
+            images_module._torch_resize(pixels, 48, 64, interpolated, mode).astype(int)
+            for interpolated in (images_module._interpolated_bytes, images_module._interpolated_floats)
+        )
+        assert abs(exact - rounded).max() <= 2, (height, width)
+
+
+def test_what_is_no_image_is_told_alike_in_every_process() -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_rgb(b"no image")
+    assert caught.value.detail == "expected JPEG, PNG, WEBP, GIF, BMP, TIFF, found something else"
 
 
 def test_broken_bytes() -> None:

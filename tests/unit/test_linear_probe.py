@@ -1,29 +1,17 @@
+from __future__ import annotations
+
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import scipy.stats
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import SiglipImageProcessorPil, SiglipVisionModel
+from sklearn.neighbors import NearestCentroid
 
-from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe.interval import difference, wilson
-from pivot_megatron.probe.linear import C_GRID, LabelledImages, digits_images, linear_probe, patch_features
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    make_encoder(folder, image_size=32, patch_size=8, hidden_size=32, layers=3, heads=2, ffn=48, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def digits() -> LabelledImages:
-    return digits_images(24)
+from pivot_megatron.probe.digits import digits
+from pivot_megatron.probe.interval import difference, mean_interval, wilson
+from pivot_megatron.probe.linear import C_GRID, few_a_class, linear_probe, prototype_accuracy
 
 
 @pytest.mark.parametrize(
@@ -85,62 +73,37 @@ def test_too_few_samples_are_the_users_error() -> None:
         linear_probe(features, labels, features, labels, seed=0)
 
 
-@pytest.mark.parametrize("hidden_state", [0, -2, -1])
-def test_features_are_what_the_layers_give(encoder: Path, digits: LabelledImages, hidden_state: int) -> None:
-    raw = digits.test_images[:5]
-    found = patch_features(encoder, raw, hidden_state=hidden_state, batch_size=2)
-    model = SiglipVisionModel.from_pretrained(encoder)
-    pixels = SiglipImageProcessorPil.from_pretrained(encoder)(
-        images=[Image.open(io.BytesIO(image)).convert("RGB") for image in raw], return_tensors="pt"
-    )["pixel_values"]
-    with torch.no_grad():
-        state = model.embeddings(pixels)
-        for layer in model.encoder.layers[: len(model.encoder.layers) + 1 + hidden_state if hidden_state else 0]:
-            state = layer(state, attention_mask=None)
-    mean = state.mean(dim=1)
-    expected = mean / mean.norm(dim=-1, keepdim=True)
-    assert found.shape == (5, 32) and found.dtype == np.float32
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+def test_prototypes_are_the_nearest_class_means() -> None:
+    """By hand: two classes on the axes, a test sample of the first that leans to the second."""
+    train = np.array([[1, 0], [0.8, 0.6], [0, 1]], np.float32)
+    test = np.array([[1, 0], [0.5, 0.75**0.5], [0, 1]], np.float32)
+    labels = np.array([0, 0, 1])
+    assert prototype_accuracy(train, labels, test, labels) == pytest.approx(2 / 3)
+    cosine = NearestCentroid().fit(train, labels)  # of unit length, nearest is most alike
+    means = cosine.centroids_ / np.linalg.norm(cosine.centroids_, axis=1, keepdims=True)
+    assert (np.argmax(test @ means.T, axis=1) == labels).mean() == pytest.approx(2 / 3)
 
 
-def test_dropping_the_last_layer_keeps_the_feature(encoder: Path, digits: LabelledImages, tmp_path: Path) -> None:
-    model = SiglipVisionModel.from_pretrained(encoder)
-    config = type(model.config).from_pretrained(encoder, num_hidden_layers=2, vision_use_head=False)
-    config.save_pretrained(tmp_path)
-    SiglipImageProcessorPil.from_pretrained(encoder).save_pretrained(tmp_path)
-    weights = load_file(encoder / "model.safetensors")
-    dropped = ("encoder.layers.2.", "post_layernorm.", "head.")
-    kept = {name: w for name, w in weights.items() if not name.removeprefix("vision_model.").startswith(dropped)}
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    original = patch_features(encoder, digits.test_images[:3], hidden_state=-2)
-    np.testing.assert_array_equal(patch_features(tmp_path, digits.test_images[:3], hidden_state=-1), original)
+def test_a_draw_takes_as_many_of_each_class() -> None:
+    labels = np.array([2, 0, 1] * 20)
+    draw = few_a_class(labels, 5, seed=1)
+    assert np.bincount(labels[draw]).tolist() == [5, 5, 5] and len(set(draw)) == 15
+    assert not np.array_equal(draw, few_a_class(labels, 5, seed=2))
+    np.testing.assert_array_equal(draw, few_a_class(labels, 5, seed=1))
 
 
-def test_no_images_give_no_rows(encoder: Path) -> None:
-    assert patch_features(encoder, [], hidden_state=-1).shape == (0, 32)
+def test_interval_of_a_mean_is_students() -> None:
+    values = [0.61, 0.64, 0.60, 0.66, 0.63]
+    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (mean_interval(values).low, mean_interval(values).high) == pytest.approx(tuple(expected), abs=1e-12)
+    assert not np.isfinite(mean_interval([0.5]).low)
 
 
-def test_missing_weights_are_the_users_error(encoder: Path, digits: LabelledImages, tmp_path: Path) -> None:
-    for name in ("config.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((encoder / name).read_bytes())
-    weights = load_file(encoder / "model.safetensors")
-    del weights["vision_model.encoder.layers.0.mlp.fc1.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 missing \(first: .*layers\.0\.mlp\.fc1\.weight\)"):
-        patch_features(tmp_path, digits.test_images[:1], hidden_state=-1)
-
-
-def test_wrong_folder_and_layer_are_the_users_error(encoder: Path, digits: LabelledImages, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no config\.json"):
-        patch_features(tmp_path, digits.test_images[:1], hidden_state=-1)
-    with pytest.raises(UserError, match=r"-4\.\.3 .*found 4"):
-        patch_features(encoder, digits.test_images[:1], hidden_state=4)
-
-
-def test_digits_are_fixed_and_stratified(digits: LabelledImages) -> None:
-    assert (len(digits.train_images), len(digits.test_images)) == (1257, 540)
-    assert set(np.bincount(digits.test_labels)) <= {52, 53, 54, 55}
-    assert digits.test_images[0].startswith(b"\x89PNG") and digits_images(24).test_images == digits.test_images
-    image = Image.open(io.BytesIO(digits.test_images[0]))
+def test_digits_are_fixed_and_stratified() -> None:
+    train, test = digits(24)
+    assert (len(train), len(test)) == (1257, 540)
+    assert set(np.bincount(test.labels)) <= {52, 53, 54, 55}
+    assert test.read(0).startswith(b"\x89PNG") and digits(24)[1].fingerprint == test.fingerprint
+    image = Image.open(io.BytesIO(test.read(0)))
     assert (image.size, image.mode) == ((24, 24), "RGB")
-    assert not set(digits.train_images) & set(digits.test_images)
+    assert not {train.read(n) for n in range(len(train))} & {test.read(n) for n in range(len(test))}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 import pivot_megatron.runtime  # noqa: F401
-from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.config.schema import Fp8, Layout, Precision
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.specs import encoder_config
@@ -22,8 +23,10 @@ without_cuda = pytest.mark.skipif(current_platform().is_cuda, reason="the stand-
 @without_cuda
 def test_fp8_without_transformer_engine_is_an_error() -> None:
     arch = EncoderArchitecture("siglip", 2, 32, 4, 48, 32, 8, 1e-6, "gelu_tanh", feature_layer=-2)
+    fp8 = Fp8("tensorwise")
     with pytest.raises(UserError, match=r"precision.fp8: needs a CUDA device and transformer-engine"):
-        encoder_config(arch, 1, Layout(), Precision("bf16", fp8="tensorwise"))
+        encoder_config(arch, 1, Layout(), Precision("bf16", fp8))
+    assert encoder_config(arch, 1, Layout(), Precision("bf16", replace(fp8, encoder=False))).fp8 is None
 
 
 @without_cuda

@@ -18,7 +18,8 @@ from PIL import Image
 
 from pivot_megatron.cli import main
 from pivot_megatron.data.sample import BadSample
-from pivot_megatron.data.shards import ShardReader, ShardWriter
+from pivot_megatron.data.shard_writer import ShardWriter
+from pivot_megatron.data.shards import open_shards
 from pivot_megatron.data_prep.parallel import in_order
 from pivot_megatron.data_prep.pictures import Reencoding
 from pivot_megatron.data_prep.prepare import Output, Selection, Writing, balanced, prepare
@@ -103,6 +104,7 @@ def test_report_and_lines(rows: list[Row | BadSample], tmp_path: Path) -> None:
     ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".tar")) == [
         "index.json",
+        "index.parquet",
         "report.json",
     ]
 
@@ -146,7 +148,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     if workers == 0:
         assert len(done) == (0 if passes == 0 else {0: 0, 1: 0, 11: 1, 27: 3, 39: 4}[stop_at])
     with pytest.raises(UserError, match="pivot data index"):
-        ShardReader(tmp_path / "out")
+        open_shards(tmp_path / "out")
     go(rows, tmp_path / "out", workers=workers)
     assert content(tmp_path / "out") == content(tmp_path / "unbroken")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == done
@@ -208,7 +210,7 @@ def test_other_settings_do_not_mix(rows: list[Row | BadSample], tmp_path: Path) 
         go(Rows(rows, 30), out)
     # No shard is written yet: what was looked at is forgotten, and nothing else is lost.
     go(rows, out, limit=20)
-    assert len(ShardReader(out)) == 20
+    assert len(open_shards(out)) == 20
     shutil.rmtree(out)
     with pytest.raises(Stopped):
         go(Rows(rows, 30, passes=1), out)
@@ -228,7 +230,7 @@ def test_twin_folder_in_use(rows: list[Row | BadSample], tmp_path: Path) -> None
     outputs = [Output(tmp_path / "out"), Output(tmp_path / "taken")]
     with pytest.raises(UserError, match=r"without shards at .*taken, found shard-000000\.tar"):
         prepare(Selection(Rows(rows), {}), Writing(outputs))
-    assert len(ShardReader(tmp_path / "taken")) == 1
+    assert len(open_shards(tmp_path / "taken")) == 1
     with pytest.raises(UserError, match="a folder of its own"):
         Writing([Output(tmp_path / "a"), Output(tmp_path / "b" / ".." / "a")])
 
@@ -249,7 +251,7 @@ def test_an_image_that_changes_between_the_two_looks(rows: list[Row | BadSample]
         go(rows, tmp_path / "out")
     (tmp_path / "images" / "30.jpg").write_bytes(picture(30))
     go(rows, tmp_path / "out")
-    assert len(ShardReader(tmp_path / "out")) == 36
+    assert len(open_shards(tmp_path / "out")) == 36
 
 
 @pytest.mark.parametrize(

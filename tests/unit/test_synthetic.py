@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pivot_megatron.data.sample import Conversation, Pair
-from pivot_megatron.data.shards import ShardReader
+from pivot_megatron.data.shards import open_shards
 from pivot_megatron.data_prep.question import COLORS, NUMBER_WORDS, TASKS
 from pivot_megatron.data_prep.scenes import Shape, draw_shapes
 from pivot_megatron.data_prep.synthetic import (
@@ -184,7 +184,7 @@ def test_text_near_misses_differ_in_one_character() -> None:
 
 def test_pairs_on_disk(tmp_path: Path) -> None:
     write_pairs(tmp_path / "a", 60, seed=1, image_size=48, start=30, progress=False, text_only=0.3)
-    samples = [(reader := ShardReader(tmp_path / "a")).read(i) for i in range(60)]
+    samples = [(reader := open_shards(tmp_path / "a")).read(i) for i in range(60)]
     assert list(reader.keys)[:1] == ["s1-00000030"]
     marks: Counter[bool] = Counter()
     for number, sample in enumerate(samples):
@@ -203,12 +203,12 @@ def test_pairs_on_disk(tmp_path: Path) -> None:
     assert min(marks[True], marks[False]) > 5
     assert 8 < sum(sample.image is None for sample in samples) < 30
     write_pairs(tmp_path / "b", 60, seed=1, image_size=48, start=30, progress=False, text_only=0.3)
-    assert ShardReader(tmp_path / "b").fingerprint == reader.fingerprint
+    assert open_shards(tmp_path / "b").fingerprint == reader.fingerprint
 
 
 def test_sums_are_right(tmp_path: Path) -> None:
     write_pairs(tmp_path, 40, seed=2, image_size=48, progress=False, text_only=1.0)
-    reader = ShardReader(tmp_path)
+    reader = open_shards(tmp_path)
     for sample in map(reader.read, range(40)):
         assert isinstance(sample, Pair) and sample.image is None
         assert sum(map(int, re.findall(r"\d+", sample.question))) == int(sample.meta["label"])
@@ -218,7 +218,7 @@ def test_sums_are_right(tmp_path: Path) -> None:
 def test_conversations_on_disk(tmp_path: Path) -> None:
     write_conversations(tmp_path / "i", 60, seed=1, image_size=48, kind="instruct", progress=False)
     write_conversations(tmp_path / "c", 30, seed=1, image_size=48, kind="caption", progress=False)
-    reader = ShardReader(tmp_path / "i")
+    reader = open_shards(tmp_path / "i")
     lengths: Counter[int] = Counter()
     for number in range(60):
         sample, expected = reader.read(number), make_question(1, number, 48)
@@ -228,7 +228,7 @@ def test_conversations_on_disk(tmp_path: Path) -> None:
         assert len({turn.text for turn in sample.turns[::2]}) == len(sample.turns) // 2
         lengths[len(sample.turns)] += 1
     assert set(lengths) == {2, 4}
-    captions = ShardReader(tmp_path / "c")
+    captions = open_shards(tmp_path / "c")
     for number in range(30):
         sample, expected = captions.read(number), make_question(1, number, 48)
         assert isinstance(sample, Conversation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from pivot_megatron.config.schema import AnyRes
-from pivot_megatron.data.images import ImageError, ImageTransform, PixelSteps, image_size_of
-from pivot_megatron.data.shards import ShardReader, ShardWriter
-from pivot_megatron.data.views import Native, Square, Tiled, native_grid
+from pivot_megatron.data.images import Backend, ImageTransform, PixelSteps, decode_rgb, image_size_of
+from pivot_megatron.data.sample import BadSample
+from pivot_megatron.data.shard_writer import ShardWriter
+from pivot_megatron.data.shards import open_shards
+from pivot_megatron.data.views import Native, Square, Tiled, Tiling, native_grid, pixels_of
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 STEPS = {"resample": 3, "rescale_factor": 1 / 255}
@@ -66,7 +69,7 @@ def their_tiles(views: Tiled) -> LlavaOnevisionImageProcessorPil:
 def test_tiles_are_bit_equal_to_transformers(size: tuple[int, int]) -> None:
     views, data = tiled(), noise(*size)
     theirs = their_tiles(views)(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
-    ours = views.pixels(data, "pil")
+    ours = pixels_of(views, data, "pil")
     assert ours.shape == theirs.shape == (len(views.view(*size).grids), 3, TILE, TILE)
     assert torch.equal(ours, theirs.float())
 
@@ -104,7 +107,7 @@ def test_native_patches_are_bit_equal_to_transformers(size: tuple[int, int]) -> 
     view = views.view(*size)
     assert view.grids == (tuple(theirs["spatial_shapes"][0].tolist()),)
     valid = theirs["pixel_attention_mask"][0].bool()
-    assert torch.equal(views.pixels(data, "pil"), theirs["pixel_values"][0][valid].float())
+    assert torch.equal(pixels_of(views, data, "pil"), theirs["pixel_values"][0][valid].float())
 
 
 def test_torch_resizes_tiles_and_patches_as_nearly() -> None:
@@ -113,8 +116,44 @@ def test_torch_resizes_tiles_and_patches_as_nearly() -> None:
         Tiled(ImageTransform(**plain, image_size=TILE), 4, ((2, 3),), 9),
         Native(PixelSteps(**plain), patch_size=8, most_patches=40),
     ):
-        difference = views.pixels(noise(150, 149), "torch") - views.pixels(noise(150, 149), "pil")
+        difference = pixels_of(views, noise(150, 149), "torch") - pixels_of(views, noise(150, 149), "pil")
         assert float(difference.abs().max()) <= 2 / 255 + 1e-6
+
+
+def in_one_go(views: Square | Tiled | Native, data: bytes, backend: Backend) -> torch.Tensor:
+    """Each resize where its pixels are needed."""
+    image = decode_rgb(data)
+    if isinstance(views, Square):
+        return views.transform(data, backend)[None]
+    if isinstance(views, Native):
+        edge = views.patch_size
+        rows, columns = native_grid(image.width, image.height, edge, views.most_patches)
+        pixels = views.steps.normalised(views.steps.resized(image, rows * edge, columns * edge, backend))
+        return pixels.unfold(1, edge, edge).unfold(2, edge, edge).permute(1, 2, 3, 4, 0).reshape(rows * columns, -1)
+    transform, size = views.transform, views.transform.image_size
+    rows, columns = (views.view(*image.size).tiling or Tiling((0, 0), 0, 0, 0, 0)).tiles
+    scale = min(columns * size / image.width, rows * size / image.height)
+    height, width = (
+        min(math.ceil(side * scale), most * size) for side, most in ((image.height, rows), (image.width, columns))
+    )
+    canvas = np.zeros((rows * size, columns * size, 3), np.uint8)
+    top, left = (rows * size - height) // 2, (columns * size - width) // 2
+    canvas[top : top + height, left : left + width] = transform.resized(image, height, width, backend)
+    squares = [transform(data, backend)]
+    for row in range(rows):
+        for column in range(columns):
+            tile = canvas[row * size : (row + 1) * size, column * size : (column + 1) * size]
+            squares.append(transform.normalised(tile))
+    return torch.stack(squares)
+
+
+@pytest.mark.parametrize("backend", ["pil", "torch"])
+@pytest.mark.parametrize("size", SIZES)
+def test_resized_apart_and_put_together_it_is_the_same(size: tuple[int, int], backend: Backend) -> None:
+    square = ImageTransform(**STEPS, mean=MEAN, std=STD, image_size=TILE)
+    for views in (Square(square, 4), tiled(), Native(square, patch_size=8, most_patches=40)):
+        found = pixels_of(views, noise(*size), backend)
+        assert found.dtype == torch.float32 and torch.equal(found, in_one_go(views, noise(*size), backend))
 
 
 def test_fingerprints_tell_settings_apart() -> None:
@@ -132,9 +171,9 @@ def test_sizes_are_read_from_the_heads_of_files(tmp_path: Path) -> None:
         writer.write("two", noise(5, 7), "png", record, rejected_image=noise(9, 8))
         writer.write("cut", noise(50, 60)[:120], "png", record)
         writer.write("broken", b"no image", "png", record)
-    reader = ShardReader(tmp_path)
+    reader = open_shards(tmp_path)
     assert [reader.image_sizes(i) for i in range(4)] == [[], [(40, 30)], [(5, 7), (9, 8)], [(50, 60)]]
-    with pytest.raises(ImageError):
+    with pytest.raises(BadSample, match="bad_image"):
         reader.image_sizes(4)
     jpeg = io.BytesIO()
     Image.open(io.BytesIO(noise(300, 200))).save(jpeg, "JPEG")

@@ -1,0 +1,85 @@
+"""`pivot probe`: how much a frozen encoder sees."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.cli.verbs import Groups, Verb
+
+
+def add(verb: Verb, verbs: Groups) -> None:
+    group = verbs.add_parser("probe", help="how much a frozen encoder sees").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
+    p.add_argument(
+        "encoders",
+        type=Path,
+        nargs="+",
+        metavar="ENCODER",
+        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
+    )
+    p.add_argument(
+        "--train", type=Path, required=True, help="folder of images a class, or of tars with .cls beside each image"
+    )
+    p.add_argument("--test", type=Path, required=True, help="the same, of the same classes")
+    p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
+    p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
+    p.add_argument("--seed", type=int, default=777, help="of the first draw (default: 777)")
+    p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
+    p.add_argument(
+        "--feature-layer", type=int, help="hidden_states index, from the end (default: as training takes it)"
+    )
+    p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe-linear"), help="default: runs/probe-linear")
+    p.add_argument("--json", action="store_true")
+    p = verb("alignment", _alignment, "how alike an encoder and a language model see images and their captions", group)
+    p.add_argument(
+        "encoders",
+        type=Path,
+        nargs="+",
+        metavar="ENCODER",
+        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
+    )
+    p.add_argument("--llm", type=Path, required=True, help="Hugging Face language model with its tokenizer")
+    p.add_argument(
+        "--captions", type=Path, required=True, help="tars of images with .txt beside each, or shards of captions"
+    )
+    p.add_argument("--count", type=int, default=1024, help="images and captions, the first there are (default: 1024)")
+    p.add_argument("--neighbours", type=int, default=10, metavar="K", help="of each sample (default: 10)")
+    p.add_argument(
+        "--feature-layer", type=int, help="the last layer that is looked at, from the end (default: as training)"
+    )
+    p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
+    p.add_argument("--json", action="store_true")
+
+
+def _linear(args: argparse.Namespace) -> int:
+    from pivot_megatron.probe.compare import LinearSettings, probe_encoders
+
+    settings = LinearSettings(
+        args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
+    )
+    return _told(args, "linear", probe_encoders(args.encoders, settings, args.out / "features", _say))
+
+
+def _alignment(args: argparse.Namespace) -> int:
+    from pivot_megatron.probe.align import AlignmentSettings, align_encoders
+
+    settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
+    return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+
+
+def _told(args: argparse.Namespace, name: str, found: Any) -> int:
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.json").write_text(found.as_json() + "\n")
+    print(found.as_json() if args.json else found.as_text())
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"probe: {text}", file=sys.stderr, flush=True)

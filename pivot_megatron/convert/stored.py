@@ -1,0 +1,52 @@
+"""Where in a checkpoint's files its tensors lie, and that what is read of them is what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from pivot_megatron.checkpoints.folder import opened
+from pivot_megatron.checkpoints.manifest import Block, blocks_of_range
+from pivot_megatron.errors import UserError
+from pivot_megatron.runtime.distributed import gather_objects
+
+_COMMON = "common_state/"
+"""Where megatron-core 0.19 keeps what is no tensor, among them; 0.16 has a small file of it."""
+
+
+def require_sound(checkpoint: Path, prefix: str = "") -> None:
+    """Every file has its size, and what is stored under names that begin with `prefix` its checksums.
+
+    The ranks share the reading, and all raise the same UserError. Collective over all ranks.
+    """
+    manifest = opened(checkpoint)
+    if prefix:
+        blocks = _blocks_of(checkpoint, lambda name: name.startswith((prefix, _COMMON)))
+    else:
+        blocks = manifest.blocks(manifest.files)
+    problem = None
+    try:
+        manifest.require_sound(checkpoint, blocks[dist.get_rank() :: dist.get_world_size()])
+    except UserError as error:
+        problem = str(error)
+    for found in gather_objects(problem):
+        if found is not None:
+            raise UserError(found)
+
+
+def require_common_sound(checkpoint: Path) -> None:
+    """The same of what is no tensor, by this process alone."""
+    opened(checkpoint).require_sound(checkpoint, _blocks_of(checkpoint, lambda name: name.startswith(_COMMON)))
+
+
+def _blocks_of(checkpoint: Path, wanted: Callable[[str], bool]) -> list[Block]:
+    """Those that hold anything of a wanted name. The index was checked when the checkpoint was opened."""
+    stored = FileSystemReader(checkpoint / "tensors").read_metadata().storage_data
+    found: set[Block] = set()
+    for item, place in stored.items():
+        if wanted(item.fqn):
+            found.update(blocks_of_range(f"tensors/{place.relative_path}", place.offset, place.length))
+    return sorted(found)

@@ -1,0 +1,172 @@
+"""What a run is made of before its first step: model, data, optimizer, and where it stands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from pivot_megatron.config.schema import Dpo, Model, RunConfig
+from pivot_megatron.convert.start import checkpoints_of, describe_start, pinned, start_weights, with_checkpoints
+from pivot_megatron.convert.store import Description
+from pivot_megatron.data.build import build_loader
+from pivot_megatron.data.loader import Loader
+from pivot_megatron.errors import UserError
+from pivot_megatron.model.composition import Architecture, Stage, build_model
+from pivot_megatron.model.fit import require_fit
+from pivot_megatron.objective.build import build_objective
+from pivot_megatron.objective.types import Objective
+from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.distributed import (
+    data_parallel,
+    from_main_process,
+    is_first_stage,
+    is_main_process,
+    on_main_process,
+)
+from pivot_megatron.runtime.kernels import kernels_in_use
+from pivot_megatron.runtime.stopwatch import Stopwatch
+from pivot_megatron.runtime.watch import Watch
+from pivot_megatron.train.checkpoint import (
+    Checkpointer,
+    Progress,
+    checked_progress,
+    decided_by,
+    newest_checkpoint,
+    progress_of,
+)
+from pivot_megatron.train.guard import Guard
+from pivot_megatron.train.keeping import require_metric
+from pivot_megatron.train.optimizer import Optimization, apply_rules, before_reduction, build_optimization, wrap
+from pivot_megatron.train.reference import ReferencePass, frozen_model
+from pivot_megatron.train.run_folder import RunFolder, environment
+from pivot_megatron.train.stragglers import StragglerWatch
+
+
+@dataclass
+class Session:
+    """What a run holds between steps on this rank. `first`: the steps that were done when it began; `done`: those by now."""
+
+    config: RunConfig
+    folder: RunFolder
+    loader: Loader
+    steps: int
+    objective: Objective
+    wrapped: list[Any]
+    optimization: Optimization
+    reference: Stage | None
+    checkpointer: Checkpointer
+    standing: Progress
+    first: int
+    done: int
+    bad: set[int]
+    guard: Guard
+    watch: Watch
+    stopwatch: Stopwatch
+    stragglers: StragglerWatch
+
+    def begins(self, phase: str) -> None:
+        """With the step that is made next."""
+        self.watch.at(phase, self.done + 1, files=self.done == self.first)
+
+
+def total_steps(config: RunConfig, samples: int) -> int:
+    if config.batch.steps is not None:
+        return config.batch.steps
+    steps = int(samples * (config.batch.epochs or 0) // config.batch.global_size)
+    if steps < 1:
+        raise UserError(
+            f"batch.epochs: {config.batch.epochs} epochs of {samples} samples do not fill one batch of "
+            f"{config.batch.global_size}; lower global_size or raise epochs"
+        )
+    return steps
+
+
+def described(config: RunConfig, start: Model) -> tuple[Description, Architecture, Loader]:
+    """What `start` is, checked against the layout, and the loader of its data."""
+    description = replace(describe_start(start), template=config.data.template)
+    arch = description.architecture()
+    require_fit(arch, config.layout, config.precision)
+    rank, size = data_parallel()
+    branches = build_objective(config.objective).branches
+    loader = build_loader(
+        config,
+        description.llm,
+        description.image_views(),
+        arch.encoder,
+        arch.head,
+        branches,
+        rank,
+        size,
+        is_first_stage(),
+    )
+    return description, arch, loader
+
+
+def prepare(config: RunConfig, watch: Watch, before_batch: Callable[[], None]) -> Session:
+    """`before_batch`: called before each batch of a reference pass, which it may end by raising."""
+    require_metric(config)
+    folder = RunFolder(config)
+    newest = newest_checkpoint(folder.checkpoints)
+    # A resumed run's reference is the model that it began from, whatever the folder it came from has become since.
+    model_start = with_checkpoints(config.model, progress_of(newest).start) if newest else pinned(config.model)
+    description, arch, loader = described(config, model_start)
+    objective: Objective = build_objective(config.objective)
+    steps = total_steps(config, len(loader.order))
+    decided = decided_by(config, loader.samples.described)
+    standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
+    done = standing.step
+    kernels = kernels_in_use(config.precision)
+    device, world = str(current_platform().device), dist.get_world_size()
+    on_main_process(lambda: folder.create(config, environment(device, world, kernels)))
+    if is_main_process():
+        told = f"layers {kernels.layers}, attention by {kernels.attention}, fp8 {kernels.fp8}"
+        print(f"{config.name}: {told}", file=sys.stderr, flush=True)
+    if isinstance(config.objective, Dpo) and config.objective.reference == "cached":
+        reference_pass = ReferencePass(config, arch, model_start, loader, before_batch)
+        loader = replace(loader, reference=reference_pass.files(make=True))
+    watch.at("preparing", files=True)
+    checkpointer = Checkpointer(config, folder, description)
+    model = build_model(arch, config.layout, config.precision, config.recompute)
+    if newest is None:
+        start_weights(model, model_start, config.seed)
+    online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
+    reference = frozen_model(config, arch, model_start) if online else None
+    apply_rules(model, config.parameters)
+    model.train()
+    wrapped = wrap(model, config.layout)
+    optimization = build_optimization(wrapped, config, steps)
+    if newest is not None:
+        checkpointer.load(newest, wrapped, optimization)
+    if is_main_process():
+        folder.rewind(done)
+    session = Session(
+        config,
+        folder,
+        loader,
+        steps,
+        objective.restored(standing.objective),
+        wrapped,
+        optimization,
+        reference,
+        checkpointer,
+        standing,
+        done,
+        done,
+        from_main_process(folder.bad_samples() if is_main_process() else None),
+        Guard(config.faults, config.optimizer.clip_gradient).restored(standing.guard),
+        watch,
+        Stopwatch(current_platform()),
+        StragglerWatch(config.faults),
+    )
+    before_reduction(wrapped, lambda: _computed(session))
+    return session
+
+
+def _computed(session: Session) -> None:
+    """The backward pass is through; what follows waits for other ranks."""
+    session.stopwatch.stop()
+    session.begins("gradients and update")

@@ -1,0 +1,63 @@
+"""Labelled images from folders and tars."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pivot_megatron.errors import UserError
+from pivot_megatron.probe.image_set import ImageSet
+
+
+def folders(at: Path) -> Path:
+    for name in ("tench/b.JPEG", "tench/a.png", "goldfish/deep/c.jpg", "tench/notes.txt"):
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_bytes(name.encode())
+    return at
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_a_folder_of_folders(tmp_path: Path) -> None:
+    found = ImageSet.opened(folders(tmp_path))
+    assert found.classes == ("goldfish", "tench") and found.labels.tolist() == [0, 1, 1]
+    assert [found.read(n) for n in range(3)] == [b"goldfish/deep/c.jpg", b"tench/a.png", b"tench/b.JPEG"]
+    again = ImageSet.opened(tmp_path)
+    assert again.fingerprint == found.fingerprint
+    (tmp_path / "tench" / "a.png").write_bytes(b"longer than it was")
+    assert ImageSet.opened(tmp_path).fingerprint != found.fingerprint
+
+
+def test_tars_with_classes_that_are_numbers(tmp_path: Path) -> None:
+    tar(
+        tmp_path / "val-0.tar",
+        {"x1.jpg": b"one", "x1.cls": b"10", "x1.json": b"{}", "x2.cls": b"9\n", "x2.jpg": b"two"},
+    )
+    tar(tmp_path / "val-1.tar", {"x3.jpg": b"three", "x3.cls": b"100"})
+    found = ImageSet.opened(tmp_path)
+    assert found.classes == ("9", "10", "100") and found.labels.tolist() == [1, 0, 2]
+    assert [found.read(n) for n in range(3)] == [b"one", b"two", b"three"]
+    assert found.names[1] == f"{tmp_path / 'val-0.tar'}: x2"
+
+
+def test_what_is_neither(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        ImageSet.opened(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="found no image and no tar"):
+        ImageSet.opened(tmp_path)
+    tar(tmp_path / "a.tar", {"x1.jpg": b"one"})
+    with pytest.raises(UserError, match=r"x1: expected x1\.cls"):
+        ImageSet.opened(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(UserError, match="not a tar that can be read"):
+        ImageSet.opened(tmp_path)

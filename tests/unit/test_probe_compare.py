@@ -1,0 +1,102 @@
+"""`pivot probe linear`: planted classes, chance, differences between encoders, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pivot_megatron.cli import main
+from pivot_megatron.convert.tiny_checkpoints import make_encoder
+from pivot_megatron.probe.compare import EncoderScore, LinearReport, LinearSettings
+from pivot_megatron.probe.linear import ProbeResult
+
+COLORS = {"blue": (20, 30, 200), "green": (10, 160, 40), "red": (220, 20, 30)}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("encoder") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        make_encoder(folder, image_size=16, patch_size=8, hidden_size=32, layers=2, heads=2, ffn=48, seed=seed)
+    return folders
+
+
+def write_set(folder: Path, count: int, seed: int, planted: bool) -> Path:
+    """A folder a class: `planted`, all of its images are of a color of its own, with noise; else they are noise alone."""
+    draw = np.random.default_rng(seed)
+    for name, color in COLORS.items():
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            noise = draw.normal(0, 12, (16, 16, 3)) + (color if planted else draw.uniform(0, 255, 3))
+            file = io.BytesIO()
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+            (folder / name / f"{n}.png").write_bytes(file.getvalue())
+    return folder
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    sets = ["--train", tmp_path / "train", "--test", tmp_path / "test", "--out", tmp_path / "out"]
+    code = main(["probe", "linear", *map(str, [*arguments, *sets])])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(("planted", "low", "high"), [(True, 1.0, 1.0), (False, 0.15, 0.5)])
+def test_a_planted_class_is_read_and_noise_is_not(
+    planted: bool, low: float, high: float, encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "train", 14, 1, planted), write_set(tmp_path / "test", 30, 2, planted)
+    code, out, _ = run(tmp_path, capsys, *encoders, "--per-class", 10, "--json")
+    found = json.loads(out)
+    assert code == 0 and json.loads((tmp_path / "out" / "linear.json").read_text()) == found
+    assert (found["classes"], found["test_images"]) == (3, 90)
+    for score in found["scores"]:
+        assert low <= score["mean"] <= high and low <= np.mean(score["prototypes"]) <= high
+        assert len(score["draws"]) == 3 and score["features"] == "hidden_states[-2]"
+
+
+def test_an_encoder_does_not_differ_from_itself(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "train", 12, 1, True), write_set(tmp_path / "test", 6, 2, True)
+    code, out, err = run(tmp_path, capsys, encoders[0], encoders[0], "--per-class", 8)
+    assert code == 0 and "+0.00 (+0.00 to +0.00, inside the noise)" in out
+    assert err.count("train, ") == err.count("test, ") == 1  # the second time its features are there
+
+
+def test_differences_are_taken_draw_by_draw() -> None:
+    def score(name: str, accuracies: list[float]) -> EncoderScore:
+        draws = [ProbeResult(a, 0.0, 1.0, 0, 100, 1.0, a, 1.0, 50) for a in accuracies]
+        return EncoderScore(name, "last_hidden_state", tuple(draws), tuple(accuracies))
+
+    base, better = score("a", [0.50, 0.60, 0.70]), score("b", [0.52, 0.61, 0.73])
+    report = LinearReport(LinearSettings(Path("x"), Path("y")), 2, 100, (base, better))
+    ((mean, interval),) = report.differences()
+    assert mean == pytest.approx(0.02)
+    half = 4.30265273 * 0.01 / 3**0.5  # Student's quantile with two degrees of freedom
+    assert (interval.low, interval.high) == pytest.approx((0.02 - half, 0.02 + half))
+    assert "+2.00 (-0.48 to +4.48, inside the noise)" in report.as_text()
+
+
+def test_what_does_not_go_together_is_one_line(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "train", 6, 1, True), write_set(tmp_path / "test", 2, 2, True)
+    code, _, err = run(tmp_path, capsys, encoders[0])
+    assert code == 2 and "expected 50 images of every class, found 6 of blue; set --per-class" in err
+    (tmp_path / "test" / "violet").mkdir()
+    (tmp_path / "test" / "violet" / "0.png").write_bytes(b"")
+    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6)
+    assert code == 2 and "expected the 3 classes of" in err and "violet is in one alone" in err
+    (tmp_path / "train" / "violet").mkdir()
+    for n in range(6):
+        (tmp_path / "train" / "violet" / f"{n}.png").write_bytes((tmp_path / "train" / "red" / "0.png").read_bytes())
+    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6)
+    assert code == 2 and f"{tmp_path / 'test' / 'violet' / '0.png'}: not an image that can be read" in err
+    code, _, err = run(tmp_path, capsys, tmp_path / "nowhere", "--per-class", 6)
+    assert code == 2 and "nowhere" in err and len(err.strip().splitlines()) == 1

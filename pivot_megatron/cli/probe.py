@@ -23,15 +23,20 @@ def add(verb: Verb, verbs: Groups) -> None:
         help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
     )
     p.add_argument(
-        "--train", type=Path, required=True, help="folder of images a class, or of tars with .cls beside each image"
+        "--train",
+        type=Path,
+        required=True,
+        help="folder of images a class; or folder, or quoted pattern, of tars with .cls beside each image",
     )
-    p.add_argument("--test", type=Path, required=True, help="the same, of the same classes")
+    p.add_argument("--test", type=Path, required=True, help="the same, of the same classes and other images")
     p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
     p.add_argument("--seed", type=int, default=777, help="of the first draw (default: 777)")
     p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
     p.add_argument(
-        "--feature-layer", type=int, help="hidden_states index, from the end (default: as training takes it)"
+        "--feature-layer",
+        type=int,
+        help="hidden_states index, from the original encoder's end (default: as training takes it)",
     )
     p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-linear"), help="default: runs/probe-linear")
@@ -46,12 +51,17 @@ def add(verb: Verb, verbs: Groups) -> None:
     )
     p.add_argument("--llm", type=Path, required=True, help="Hugging Face language model with its tokenizer")
     p.add_argument(
-        "--captions", type=Path, required=True, help="tars of images with .txt beside each, or shards of captions"
+        "--captions",
+        type=Path,
+        required=True,
+        help="tars of images with .txt beside each (a folder, or a quoted pattern), or shards of captions",
     )
     p.add_argument("--count", type=int, default=1024, help="images and captions, the first there are (default: 1024)")
     p.add_argument("--neighbours", type=int, default=10, metavar="K", help="of each sample (default: 10)")
     p.add_argument(
-        "--feature-layer", type=int, help="the last layer that is looked at, from the end (default: as training)"
+        "--feature-layer",
+        type=int,
+        help="the last layer looked at, from the original encoder's end (default: as training)",
     )
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
@@ -59,7 +69,7 @@ def add(verb: Verb, verbs: Groups) -> None:
 
 
 def _linear(args: argparse.Namespace) -> int:
-    from pivot_megatron.probe.compare import LinearSettings, probe_encoders
+    from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 
     settings = LinearSettings(
         args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch

@@ -46,6 +46,9 @@ from pivot_megatron.model.composition import Architecture, Stage, build_model
 from pivot_megatron.model.fit import require_fit
 from pivot_megatron.runtime.distributed import process_groups
 
+EXPORT_NOTE = "pivot_export.json"
+"""What is told of an export beside its weights: where it is from, and which hidden state was trained through."""
+
 
 @contextmanager
 def whole_model(description: Description) -> Iterator[Stage]:
@@ -158,6 +161,6 @@ def _write(
     out: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], files: list[Path], facts: dict[str, Any]
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        note = Path(scratch) / "pivot_export.json"
+        note = Path(scratch) / EXPORT_NOTE
         note.write_text(json.dumps(facts, indent=2) + "\n")
         write_folder(out, config, tensors, [*files, note])

@@ -70,7 +70,7 @@ def reference_encoder(family: str, folder: Path, attention: str = "eager") -> Re
         options["add_pooling_layer"] = False
     cls = getattr(transformers, ENCODERS[family].HF_CLASS)
     options |= {"attn_implementation": attention, "output_loading_info": True}
-    model, told = cls.from_pretrained(folder, dtype=torch.float32, **options)
+    model, told = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     return ReferenceEncoder(model.eval(), family, tuple(sorted(told["missing_keys"])))
 
 

@@ -37,6 +37,10 @@ _METADATA = b"pivot"
 _SECONDS = b"pivot seconds"
 
 
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What reference log-probs follow from: the model, by parts, and how samples reach it."""
@@ -46,8 +50,12 @@ class Facts:
 
     @property
     def name(self) -> str:
-        digest = hashlib.sha256(json.dumps(dict(self.model), sort_keys=True).encode()).hexdigest()
-        return f"reference-{digest[:16]}.parquet"
+        return f"reference-{_digest(dict(self.model))}.parquet"
+
+    @property
+    def parts(self) -> str:
+        """The folder of the parts of a file that is being made: not that of a run whose samples reach the model otherwise."""
+        return f"{self.name}.{_digest(asdict(self))}.parts"
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,10 @@ def _told(facts: Facts) -> bytes:
 
 
 def is_made_with(path: Path, facts: Facts) -> bool:
-    """Whether `path` is there and holds rows made with `facts`."""
+    """Whether `path` is there, can be read and holds rows made with `facts`."""
     try:
-        return bool(pq.read_schema(path).metadata.get(_METADATA) == _told(facts))
-    except FileNotFoundError:
+        return bool((pq.read_schema(path).metadata or {}).get(_METADATA) == _told(facts))
+    except (OSError, ValueError):
         return False
 
 

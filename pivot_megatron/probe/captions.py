@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.sample import Conversation
 from pivot_megatron.errors import RunError, UserError
-from pivot_megatron.probe.tars import images_beside
+from pivot_megatron.probe.stored import images_beside, tars_at
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,19 @@ class CaptionSet:
         return len(self.names)
 
     @classmethod
-    def opened(cls, folder: Path, count: int) -> CaptionSet:
-        """The first `count` of tars of `KEY.jpg` with `KEY.txt`, or of this project's shards of conversations, of which the first
-        answer is the caption. Raises UserError where there are fewer."""
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give one of tars with images and captions")
-        found = _of_shards(folder, count) if (folder / "index.json").is_file() else _of_tars(folder, count)
+    def opened(cls, where: Path, count: int) -> CaptionSet:
+        """The first `count` of tars of `KEY.jpg` with `KEY.txt`, of a folder or of a pattern, or of this project's shards of
+        conversations, of which the first answer is the caption. Raises UserError where there are fewer."""
+        found = _of_shards(where, count) if (where / "index.json").is_file() else _of_tars(where, count)
         if len(found) < count:
-            raise UserError(f"{folder}: expected {count} images with a caption, found {len(found)}; lower --count")
+            raise UserError(f"{where}: expected {count} images with a caption, found {len(found)}; lower --count")
         return found
 
 
-def _of_tars(folder: Path, count: int) -> CaptionSet:
-    found = list(islice((image for tar in sorted(folder.glob("*.tar")) for image in images_beside(tar, "txt")), count))
-    return _set(
-        [one.name for one in found], [one.text for one in found], lambda n: found[n].read(), [one.size for one in found]
-    )
+def _of_tars(where: Path, count: int) -> CaptionSet:
+    found = list(islice((image for tar in tars_at(where) for image in images_beside(tar, "txt")), count))
+    facts = [image.facts for image in found]
+    return _set([one.name for one in found], [one.text for one in found], lambda n: found[n].read(), facts)
 
 
 def _of_shards(folder: Path, count: int) -> CaptionSet:
@@ -63,12 +60,14 @@ def _of_shards(folder: Path, count: int) -> CaptionSet:
             names.append(f"{folder}: {sample.key}")
             captions.append(sample.turns[1].text)
             images.append(sample.image)
-    return _set(names, captions, images.__getitem__, [len(image) for image in images])
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
+    return _set(names, captions, images.__getitem__, digests)
 
 
-def _set(names: list[str], captions: list[str], read: Callable[[int], bytes], sizes: list[int]) -> CaptionSet:
+def _set(names: list[str], captions: list[str], read: Callable[[int], bytes], facts: Sequence[object]) -> CaptionSet:
+    """`facts`: equal for equal images."""
     for name, caption in zip(names, captions, strict=True):
         if not caption.strip():
             raise UserError(f"{name}: expected a caption, found an empty one; leave it out")
-    digest = hashlib.sha256(json.dumps([names, captions, sizes]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([names, captions, list(facts)]).encode()).hexdigest()
     return CaptionSet(tuple(names), tuple(captions), read, digest)

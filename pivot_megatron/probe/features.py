@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from torch.nn.functional import normalize
 from pivot_megatron.probe.captions import CaptionSet
 from pivot_megatron.probe.encoder import FrozenEncoder
 from pivot_megatron.probe.image_set import ImageSet
-from pivot_megatron.probe.linear import Features
+from pivot_megatron.probe.kept import Features, kept
 
 Say = Callable[[str], None]
+IMAGES_A_FILE = 1024  # what an interrupted pass loses at most
 
 
 def silent(_text: str) -> None:
@@ -34,15 +34,19 @@ def pooled_features(
     """`[images, width]` float32, rows of length 1: of each of the images `indices`, or all, the mean over its patches. `cache`: a
     folder that keeps them for the next time. Raises UserError naming an image that does not decode."""
     wanted = list(range(len(images)) if indices is None else indices)
+    found = [np.empty((0, encoder.width), np.float32)]
+    for first in range(0, len(wanted), IMAGES_A_FILE):
+        part = wanted[first : first + IMAGES_A_FILE]
 
-    def work() -> Features:
-        rows = [
-            normalize(torch.stack([patches.mean(dim=0) for patches in encoder.patches(some)]), dim=-1).cpu()
-            for some in _batches(images, wanted, batch, say)
-        ]
-        return torch.cat(rows).numpy() if rows else np.empty((0, encoder.width), np.float32)
+        def work(part: Sequence[int] = part, done: int = first) -> Features:
+            rows = [
+                normalize(torch.stack([patches.mean(dim=0) for patches in encoder.patches(some)]), dim=-1).cpu()
+                for some in _batches(images, part, batch, done, len(wanted), say)
+            ]
+            return torch.cat(rows).numpy()
 
-    return kept(work, cache, f"{encoder.fingerprint} {encoder.projector is not None} {images.fingerprint} {wanted}")
+        found.append(kept(work, cache, f"pooled {encoder.fingerprint} {images.fingerprint} {part}"))
+    return np.concatenate(found)
 
 
 def layer_features(
@@ -52,32 +56,16 @@ def layer_features(
 
     def work() -> Features:
         wanted = range(len(images))
-        found = [encoder.layer_means(some).cpu() for some in _batches(images, wanted, batch, say)]
+        found = [encoder.layer_means(some).cpu() for some in _batches(images, wanted, batch, 0, len(wanted), say)]
         return torch.cat(found, dim=1).numpy()
 
     return torch.from_numpy(kept(work, cache, f"layers {encoder.fingerprint} {images.fingerprint}"))
 
 
-def kept(work: Callable[[], Features], cache: Path | None, told: str) -> Features:
-    """What `work` returned, now or when it was asked for with an equal `told` before."""
-    if cache is None:
-        return work()
-    file = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy"
-    if file.exists():
-        found: Features = np.load(file)
-        return found
-    found = work()
-    cache.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    with part.open("wb") as out:
-        np.save(out, found)
-    part.replace(file)
-    return found
-
-
 def _batches(
-    images: ImageSet | CaptionSet, wanted: Sequence[int], size: int, say: Say
+    images: ImageSet | CaptionSet, wanted: Sequence[int], size: int, done: int, total: int, say: Say
 ) -> Iterator[list[tuple[str, bytes]]]:
+    """`done` of `total` are there before."""
     for first in range(0, len(wanted), size):
         yield [(images.names[n], images.read(n)) for n in wanted[first : first + size]]
-        say(f"{min(first + size, len(wanted))} of {len(wanted)} images")
+        say(f"{done + min(first + size, len(wanted))} of {total} images")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe.tars import EXTENSIONS, images_beside
+from pivot_megatron.probe.stored import EXTENSIONS, StoredImage, image_file, images_beside, tars_at
 
 Labels = npt.NDArray[np.int64]
 
@@ -39,18 +39,15 @@ class ImageSet:
         )
 
     @classmethod
-    def opened(cls, folder: Path) -> ImageSet:
-        """`folder/CLASS/**/IMAGE`, as torchvision's ImageFolder has it, or tars of `KEY.jpg` with `KEY.cls`. Raises UserError
-        where it is neither."""
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give one of images a class, or of WebDataset tars")
-        tars = sorted(folder.glob("*.tar"))
-        return _of_tars(folder, tars) if tars else _of_folders(folder)
+    def opened(cls, where: Path) -> ImageSet:
+        """`where/CLASS/**/IMAGE`, as torchvision's ImageFolder has it, or tars of `KEY.jpg` with `KEY.cls`: those of a folder, or
+        of a pattern. Raises UserError where it is neither."""
+        return _of_tars(where, tars) if (tars := tars_at(where)) else _of_folders(where)
 
 
 def _of_folders(folder: Path) -> ImageSet:
     found = [
-        (path, one.name)
+        image_file(path, one.name)
         for one in sorted(folder.iterdir())
         if one.is_dir()
         for path in sorted(one.rglob("*"))
@@ -60,22 +57,22 @@ def _of_folders(folder: Path) -> ImageSet:
         raise UserError(
             f"{folder}: expected folders of images, one a class, or WebDataset tars, found no image and no tar"
         )
-    paths = [path for path, _ in found]
-    sizes = [f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths]
-    return _labelled([str(path) for path in paths], [one for _, one in found], lambda n: paths[n].read_bytes(), sizes)
+    return _labelled(found)
 
 
-def _of_tars(folder: Path, tars: Sequence[Path]) -> ImageSet:
+def _of_tars(where: Path, tars: Sequence[Path]) -> ImageSet:
     found = [image for tar in tars for image in images_beside(tar, "cls")]
     if not found:
-        raise UserError(f"{folder}: expected samples KEY.jpg with KEY.cls in its tars, found none")
-    told = [f"{image.name} {image.size}" for image in found]
-    return _labelled([image.name for image in found], [image.text for image in found], lambda n: found[n].read(), told)
+        raise UserError(f"{where}: expected samples KEY.jpg with KEY.cls in its tars, found none")
+    return _labelled(found)
 
 
-def _labelled(names: Sequence[str], of: Sequence[str], read: Callable[[int], bytes], told: Sequence[str]) -> ImageSet:
-    """`of`: each image's class. Classes that are numbers are in their order."""
-    classes = sorted(set(of), key=lambda one: (0, int(one), one) if one.isdecimal() else (1, 0, one))
+def _labelled(images: Sequence[StoredImage]) -> ImageSet:
+    """An image's text is its class. Classes that are numbers are in their order."""
+    classes = sorted(
+        {image.text for image in images}, key=lambda one: (0, int(one), one) if one.isdecimal() else (1, 0, one)
+    )
     index = {one: n for n, one in enumerate(classes)}
-    digest = hashlib.sha256(json.dumps([list(told), list(of)]).encode()).hexdigest()
-    return ImageSet(tuple(names), np.array([index[one] for one in of], np.int64), tuple(classes), read, digest)
+    digest = hashlib.sha256(json.dumps([image.facts for image in images]).encode()).hexdigest()
+    labels = np.array([index[image.text] for image in images], np.int64)
+    return ImageSet(tuple(image.name for image in images), labels, tuple(classes), lambda n: images[n].read(), digest)

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from scipy.stats import t as student
 
 Z95 = 1.959963984540054
@@ -63,10 +65,31 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean - half, mean + half)
 
 
+def crossed_mean(values: npt.NDArray[np.float64]) -> tuple[float, Interval]:
+    """The mean of `[draws, samples]`, and its interval where other draws and other samples could have been had of each.
+
+    Its variance is that of a two-way layout with both effects random, a little too large by the residual's share: mean squares
+    between draws and between samples, over the number of values; degrees of freedom by Satterthwaite. Of one draw it is Student's
+    interval over samples, and of one sample over draws; of a single value it is without end.
+
+    Source: Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2 (1946).
+    """
+    mean = float(values.mean())
+    squares, weights = 0.0, 0.0
+    for axis, others in ((0, 1), (1, 0)):
+        if (count := values.shape[axis]) > 1:
+            between = values.shape[others] * float(values.mean(axis=others).var(ddof=1))
+            squares, weights = squares + between, weights + between**2 / (count - 1)
+    if values.size < 2:
+        return mean, Interval(-math.inf, math.inf)
+    if squares == 0.0:
+        return mean, Interval(mean, mean)
+    half = float(student.ppf(0.975, squares**2 / weights)) * math.sqrt(squares / values.size)
+    return mean, Interval(mean - half, mean + half)
+
+
 def change_text(mean: float, interval: Interval) -> str:
     """A difference of two fractions and its interval, in per cent, that says plainly where zero lies inside."""
     told = f"{100 * mean:+.2f}"
-    if not math.isfinite(interval.low):
-        return f"{told} (one draw: no interval)"
     inside = ", inside the noise" if 0.0 in interval else ""
     return f"{told} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f}{inside})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,7 @@ from sklearn.model_selection import train_test_split
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.image_set import Labels
 from pivot_megatron.probe.interval import wilson
-
-Features = npt.NDArray[np.float32]
+from pivot_megatron.probe.kept import Features
 
 C_GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
 """Inverse L2 strengths of the paper's probe (arXiv 2510.16333)."""
@@ -26,7 +25,8 @@ class ProbeResult:
     """One probe. Accuracies are fractions; `low` and `high` are the 95 % Wilson interval of `accuracy`.
 
     `c` was chosen on a held-out part of the training set. `c_best_on_test` was chosen on the test set itself, as
-    the paper does, so `accuracy_best_c_on_test` is optimistic and only there to compare with published numbers.
+    the paper does, so `accuracy_best_c_on_test` is optimistic and only there to compare with published numbers. `right`
+    `[samples]`: which test samples were.
     """
 
     accuracy: float
@@ -38,6 +38,7 @@ class ProbeResult:
     accuracy_best_c_on_test: float
     c_best_on_test: float
     train_total: int
+    right: npt.NDArray[np.bool_] = field(compare=False, repr=False)
 
 
 def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, *, seed: int) -> ProbeResult:
@@ -63,8 +64,9 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
     fit_x, held_x, fit_y, held_y = train_test_split(
         train_x, train_y, test_size=_HELD_OUT, stratify=train_y, random_state=seed
     )
-    held_correct = [_correct(c, fit_x, fit_y, held_x, held_y) for c in C_GRID]
-    test_correct = [_correct(c, train_x, train_y, test_x, test_y) for c in C_GRID]
+    held_correct = [int(_right(c, fit_x, fit_y, held_x, held_y).sum()) for c in C_GRID]
+    right = [_right(c, train_x, train_y, test_x, test_y) for c in C_GRID]
+    test_correct = [int(one.sum()) for one in right]
     chosen = int(np.argmax(held_correct))
     best = int(np.argmax(test_correct))
     interval = wilson(test_correct[chosen], len(test_y))
@@ -78,14 +80,16 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
         accuracy_best_c_on_test=test_correct[best] / len(test_y),
         c_best_on_test=C_GRID[best],
         train_total=len(train_y),
+        right=right[chosen],
     )
 
 
-def _correct(c: float, train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> int:
+def _right(c: float, train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> npt.NDArray[np.bool_]:
     # The default penalty is L2; naming it is deprecated.
     model = LogisticRegression(C=c, solver="lbfgs", max_iter=1000)
     model.fit(train_x, train_y)
-    return int((model.predict(test_x) == test_y).sum())
+    found: npt.NDArray[np.bool_] = model.predict(test_x) == test_y
+    return found
 
 
 def prototype_accuracy(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> float:

@@ -9,10 +9,10 @@ import numpy as np
 
 from pivot_megatron.data_prep.synthetic import SCENE_CLASSES, scene_classes
 from pivot_megatron.probe.digits import digits
-from pivot_megatron.probe.encoder import opened
 from pivot_megatron.probe.features import pooled_features
 from pivot_megatron.probe.image_set import ImageSet
 from pivot_megatron.probe.linear import linear_probe
+from pivot_megatron.probe.opening import opened
 from pivot_megatron.recipe.demo_scale import DemoScale
 from pivot_megatron.recipe.record import ProbeScore
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from pivot_megatron.model.composition import Stage
 from pivot_megatron.train.step import forward_logprobs
 
 Place = tuple[int, int, int]
-"""Where something stands in the forward pass: chunk of a virtual pipeline, stage, place in it."""
+"""Where something stands in the forward pass: chunk of a virtual pipeline, stage, how many outputs came before it there."""
 
 
 def first_overflow(stage: Stage, batches: Sequence[PackedBatch]) -> tuple[Place, str] | None:
@@ -36,21 +37,21 @@ def first_overflow(stage: Stage, batches: Sequence[PackedBatch]) -> tuple[Place,
 @contextmanager
 def _noting(chunk: Any, n: int, found: list[tuple[Place, str]]) -> Iterator[None]:
     """Puts the first module of `chunk` that overflows into `found`. A module's hook is called after those of its own parts,
-    and so the chunk's own for what none of them gave: the log-probs."""
+    and so the chunk's own for what none of them gave: the log-probs. Tensor-parallel ranks call their modules in the same
+    order, whatever the order in which they are registered."""
     pipeline = parallel_state.get_pipeline_model_parallel_rank()
-    first: list[str] = []
+    outputs, first = itertools.count(), list[str]()
 
-    def noting(name: str, place: int) -> Any:
+    def noting(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            place = next(outputs)
             if not first and not all(map(_is_finite, tree_leaves(output))):
                 first.append(name)
                 found.append(((n, pipeline, place), global_name(chunk, name) or "log-probs"))
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(noting(name, place)) for place, (name, module) in enumerate(chunk.named_modules())
-    ]
+    hooks = [module.register_forward_hook(noting(name)) for name, module in chunk.named_modules()]
     try:
         yield
     finally:

@@ -63,7 +63,7 @@ class ReferencePass:
         folders = self.loader.samples.by_folder()
         facts = self._facts(folders)
         paths = [folder / f.name for folder, f in zip(self.loader.samples.beside, facts, strict=True)]
-        missing = from_main_process([not path.exists() for path in paths])
+        missing = from_main_process([not path.exists() for path in paths] if is_main_process() else None)
         if any(missing) and not make:
             raise UserError(f"{paths[missing.index(True)]}: no such file; run `pivot reference` first")
         if any(missing):
@@ -98,13 +98,13 @@ class ReferencePass:
         """In parts, which a pass that was broken off leaves to the next. Another run that makes the same file may at any time
         have written a part, or all of it and taken the parts away."""
         loader = replace(self.loader, samples=samples)
-        parts = path.with_name(path.name + ".parts")
+        parts = path.with_name(facts.parts)
         _written(partial(parts.mkdir, exist_ok=True), path)
         names = []
         total = len(loader.samples)
         for first in range(0, total, SAMPLES_A_PART):
             names.append(parts / f"{first:09d}.parquet")
-            if from_main_process(path.exists() or is_made_with(names[-1], facts)):
+            if from_main_process(is_main_process() and (path.exists() or is_made_with(names[-1], facts))):
                 continue
             began = time.perf_counter()
             rows = _rows(model, loader, first, min(first + SAMPLES_A_PART, total), self.before_batch)
@@ -112,9 +112,10 @@ class ReferencePass:
                 print(f"reference: {min(first + SAMPLES_A_PART, total)}/{total} samples", file=sys.stderr, flush=True)
             seconds = time.perf_counter() - began
             _written(partial(write_rows, names[-1], rows, facts, seconds), path)
-        _written(partial(join, names, path, facts), path)
+        _written(lambda: None if path.exists() else join(names, path, facts), path)
         if is_main_process():
-            shutil.rmtree(parts, ignore_errors=True)
+            for left in path.parent.glob(f"{path.name}.*.parts"):  # of passes that were broken off, too
+                shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
 
 

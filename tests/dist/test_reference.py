@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from pivot_megatron.cli import main
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
+from pivot_megatron.data.reference import Facts
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix
 from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
@@ -114,12 +116,29 @@ def test_runs_that_make_the_same_file_at_once(batch: int, data: Path, tmp_path: 
     workers.run(train_at, None, 1, config(data, tmp_path / "b", steps=1), Layout())
 
 
+def test_parts_of_other_facts_are_not_taken(data: Path, tmp_path: Path, workers: Workers) -> None:
+    """A pass that was broken off, of another template: its parts go once the file is there, and so do broken ones."""
+    forget(data)
+    workers.run(train_at, None, 1, config(data, tmp_path / "a", steps=1), Layout())
+    (file,) = made(data)
+    whole = pq.read_table(file)
+    facts = Facts(*(json.loads(whole.schema.metadata[b"pivot"])[name] for name in ("model", "data")))
+    file.unlink()
+    for name, content in ((facts.parts, b"cut o"), (replace(facts, data=facts.data | {"template": "plain"}).parts, b"")):
+        assert name != file.name
+        (data / "pairs" / name).mkdir()
+        (data / "pairs" / name / "000000000.parquet").write_bytes(content)
+    workers.run(train_at, None, 1, config(data, tmp_path / "b", steps=1), Layout())
+    assert made(data) == [file] and pq.read_table(file).equals(whole)
+
+
 def test_a_folder_that_cannot_be_written_to(data: Path, tmp_path: Path, workers: Workers) -> None:
     forget(data)
     workers.run(train_at, None, 1, config(data, tmp_path / "d", steps=1), Layout())
     (file,) = made(data)
+    facts = Facts(*(json.loads(pq.read_schema(file).metadata[b"pivot"])[name] for name in ("model", "data")))
     file.unlink()
-    in_the_way = file.with_name(file.name + ".parts")
+    in_the_way = file.with_name(facts.parts)
     in_the_way.write_text("where a folder should be")
     (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "e", steps=1), Layout())
     in_the_way.unlink()

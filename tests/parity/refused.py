@@ -123,12 +123,14 @@ def save_what_is_broken(layout: Layout, encoder: Path, head: Path, name: str) ->
 
 
 def overflow(
-    layout: Layout, encoder: Path, head: Path, shares: Shares, weight: str
+    layout: Layout, encoder: Path, head: Path, shares: Shares, weight: str, everywhere: bool = True
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Who is blamed for a step with a finite `weight` so large that what it is multiplied with overflows, and for one after
-    it is as it was."""
+    """Who is blamed for a step with a finite `weight` so large that what it is multiplied with overflows, on every
+    tensor-parallel rank or only on the first, and for one after it is as it was."""
     model, wrapped, optimization, judge, batches = prepared(layout, encoder, head, shares, Dpo())
     changed = [parameter for name, parameter in parameters_by_global_name(model) if name == weight]
+    if not (everywhere or parallel_state.get_tensor_model_parallel_rank() == 0):
+        changed = []
     before = [parameter.detach().clone() for parameter in changed]
     for parameter in changed:
         parameter.data.div_(parameter.data.abs().max()).mul_(LARGEST)

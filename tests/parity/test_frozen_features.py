@@ -15,7 +15,7 @@ from pivot_megatron.convert.commands import import_checkpoint, whole_model
 from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.store import describe, load_weights
 from pivot_megatron.data.views import pixels_of
-from pivot_megatron.probe.encoder import opened
+from pivot_megatron.probe.opening import opened
 from tests.harness import Workers
 from tests.parity.encoders import MAKERS, make
 from tests.parity.images import Images, patches_of

@@ -70,3 +70,13 @@ def test_the_module_that_overflows_is_named(layout, world, weight: str, workers:
     for ((modules, text),) in found:
         assert modules == (OVERFLOWS[weight],)
         assert f"numbers first not finite in the output of {OVERFLOWS[weight]}" in text
+
+
+@matrix.layouts(matrix.TP2)
+def test_a_module_that_overflows_on_one_rank_is_named(layout, world, workers: Workers, checkpoints) -> None:
+    """What the others are given of it overflows in linear_proj, which stands before linear_qkv in their lists of modules."""
+    weight = "encoder.decoder.layers.0.self_attention.linear_qkv.weight"
+    for ((modules, _),) in workers.run(
+        refused.overflow, layout, world, *checkpoints, shares(layout, world), weight, False
+    ):
+        assert modules == (weight.removesuffix(".weight"),)

@@ -20,9 +20,9 @@ from pivot_megatron.data_prep.synthetic import write_conversations
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.alignment import best_alignment, centred_kernel, linear_cka, mutual_neighbours, neighbours
 from pivot_megatron.probe.captions import CaptionSet
-from pivot_megatron.probe.encoder import opened
 from pivot_megatron.probe.features import layer_features
 from pivot_megatron.probe.language_model import text_features
+from pivot_megatron.probe.opening import opened
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -125,10 +125,9 @@ def test_the_command(models: tuple[list[Path], Path], tmp_path: Path, capsys: py
     words += ["--count", 40, "--neighbours", 5, "--out", tmp_path / "out"]
     assert main(list(map(str, words))) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].endswith("+0.00 (+0.00 to +0.00, inside the noise)") and lines[-1].split() == ["chance", "12.82"]
+    assert lines[2].endswith("+0.00 (+0.00 to +0.00, inside the noise)")
+    assert lines[-1] == "chance, of one pair of layers: 12.82"
     found = json.loads((tmp_path / "out" / "alignment.json").read_text())
-    assert [0.0 <= score["mutual_neighbours"] <= 1.0 and -1e-9 <= score["cka"] <= 1.0 for score in found["scores"]] == [
-        True
-    ] * 3
+    assert [0.0 <= score["mean"] <= 1.0 and -1e-9 <= score["cka"] <= 1.0 for score in found["scores"]] == [True] * 3
     assert main([*map(str, words), "--count", "41"]) == 2
     assert "expected 41 images with a caption, found 40" in capsys.readouterr().err

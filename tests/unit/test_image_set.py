@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -50,8 +51,27 @@ def test_tars_with_classes_that_are_numbers(tmp_path: Path) -> None:
     assert found.names[1] == f"{tmp_path / 'val-0.tar'}: x2"
 
 
+def test_tars_of_a_pattern(tmp_path: Path) -> None:
+    """As ImageNet is published: the tars of both splits in one folder."""
+    tar(tmp_path / "imagenet1k-train-0000.tar", {"x1.jpg": b"one", "x1.cls": b"0"})
+    tar(tmp_path / "imagenet1k-validation-00.tar", {"x2.jpg": b"two", "x2.cls": b"0"})
+    found = ImageSet.opened(tmp_path / "imagenet1k-val*.tar")
+    assert len(found) == 1 and found.read(0) == b"two"
+    with pytest.raises(UserError, match=r"x2: expected one image a key, found another in x2\.png"):
+        tar(tmp_path / "imagenet1k-validation-00.tar", {"x2.jpg": b"two", "x2.png": b"three", "x2.cls": b"0"})
+        ImageSet.opened(tmp_path / "imagenet1k-val*.tar")
+
+
+def test_an_image_written_again_is_another(tmp_path: Path) -> None:
+    before = ImageSet.opened(folders(tmp_path)).fingerprint
+    file = tmp_path / "tench" / "a.png"
+    file.write_bytes(file.read_bytes()[::-1])  # as long as it was
+    os.utime(file, ns=(1, 1))
+    assert ImageSet.opened(tmp_path).fingerprint != before
+
+
 def test_what_is_neither(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder, and no tar that fits"):
         ImageSet.opened(tmp_path / "nowhere")
     with pytest.raises(UserError, match="found no image and no tar"):
         ImageSet.opened(tmp_path)

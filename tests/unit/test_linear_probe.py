@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestCentroid
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.digits import digits
-from pivot_megatron.probe.interval import difference, mean_interval, wilson
+from pivot_megatron.probe.interval import crossed_mean, difference, mean_interval, wilson
 from pivot_megatron.probe.linear import C_GRID, few_a_class, linear_probe, prototype_accuracy
 
 
@@ -97,6 +97,26 @@ def test_interval_of_a_mean_is_students() -> None:
     expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert (mean_interval(values).low, mean_interval(values).high) == pytest.approx(tuple(expected), abs=1e-12)
     assert not np.isfinite(mean_interval([0.5]).low)
+
+
+def test_a_crossed_interval_is_students_where_one_side_is_single() -> None:
+    values = np.array([0.61, 0.64, 0.60, 0.66, 0.63])
+    for one in (values[None], values[:, None]):
+        assert crossed_mean(one) == (pytest.approx(values.mean()), mean_interval(values.tolist()))
+    assert not np.isfinite(crossed_mean(np.array([[0.5]]))[1].low)
+    assert crossed_mean(np.ones((3, 4)))[1].low == 1.0
+
+
+def test_a_crossed_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+    """Of draws and samples with effects of their own. Over draws alone it would hold it far less often."""
+    rng, crossed, draws_alone, trials = np.random.default_rng(0), 0, 0, 2000
+    for _ in range(trials):
+        draws, samples = rng.normal(0, 0.02, (3, 1)), rng.normal(0, 0.5, (1, 200))
+        values = draws + samples + rng.normal(0, 0.3, (3, 200))
+        crossed += 0.0 in crossed_mean(values)[1]
+        draws_alone += 0.0 in mean_interval(values.mean(axis=1).tolist())
+    assert 0.935 < crossed / trials < 0.985
+    assert draws_alone / trials < 0.93
 
 
 def test_digits_are_fixed_and_stratified() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pivot_megatron.cli import main
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
-from pivot_megatron.probe.compare import EncoderScore, LinearReport, LinearSettings
-from pivot_megatron.probe.linear import ProbeResult
+from pivot_megatron.probe.interval import Interval, wilson
+from pivot_megatron.probe.table import Score, against_first, as_table
 
 COLORS = {"blue": (20, 30, 200), "green": (10, 160, 40), "red": (220, 20, 30)}
 
@@ -39,8 +39,10 @@ def write_set(folder: Path, count: int, seed: int, planted: bool) -> Path:
     return folder
 
 
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    sets = ["--train", tmp_path / "train", "--test", tmp_path / "test", "--out", tmp_path / "out"]
+def run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: object, test: str = "test"
+) -> tuple[int, str, str]:
+    sets = ["--train", tmp_path / "train", "--test", tmp_path / test, "--out", tmp_path / "out"]
     code = main(["probe", "linear", *map(str, [*arguments, *sets])])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -57,7 +59,7 @@ def test_a_planted_class_is_read_and_noise_is_not(
     assert (found["classes"], found["test_images"]) == (3, 90)
     for score in found["scores"]:
         assert low <= score["mean"] <= high and low <= np.mean(score["prototypes"]) <= high
-        assert len(score["draws"]) == 3 and score["features"] == "hidden_states[-2]"
+        assert len(score["draws"]) == 3 and score["features"] == "hidden_states[1]"
 
 
 def test_an_encoder_does_not_differ_from_itself(
@@ -69,18 +71,21 @@ def test_an_encoder_does_not_differ_from_itself(
     assert err.count("train, ") == err.count("test, ") == 1  # the second time its features are there
 
 
-def test_differences_are_taken_draw_by_draw() -> None:
-    def score(name: str, accuracies: list[float]) -> EncoderScore:
-        draws = [ProbeResult(a, 0.0, 1.0, 0, 100, 1.0, a, 1.0, 50) for a in accuracies]
-        return EncoderScore(name, "last_hidden_state", tuple(draws), tuple(accuracies))
+def test_differences_are_taken_value_by_value() -> None:
+    def score(name: str, values: list[float]) -> Score:
+        return Score(name, np.array([values]), {}, {})
 
     base, better = score("a", [0.50, 0.60, 0.70]), score("b", [0.52, 0.61, 0.73])
-    report = LinearReport(LinearSettings(Path("x"), Path("y")), 2, 100, (base, better))
-    ((mean, interval),) = report.differences()
+    ((mean, interval),) = against_first((base, better))
     assert mean == pytest.approx(0.02)
     half = 4.30265273 * 0.01 / 3**0.5  # Student's quantile with two degrees of freedom
     assert (interval.low, interval.high) == pytest.approx((0.02 - half, 0.02 + half))
-    assert "+2.00 (-0.48 to +4.48, inside the noise)" in report.as_text()
+    assert as_table("accuracy", (base, better)).endswith("+2.00 (-0.48 to +4.48, inside the noise)")
+
+
+def test_an_interval_is_no_narrower_than_its_floor() -> None:
+    perfect = Score("a", np.ones((3, 20)), {}, {}, wilson(20, 20))
+    assert perfect.interval == Interval(wilson(20, 20).low, 1.0)
 
 
 def test_what_does_not_go_together_is_one_line(
@@ -89,6 +94,10 @@ def test_what_does_not_go_together_is_one_line(
     write_set(tmp_path / "train", 6, 1, True), write_set(tmp_path / "test", 2, 2, True)
     code, _, err = run(tmp_path, capsys, encoders[0])
     assert code == 2 and "expected 50 images of every class, found 6 of blue; set --per-class" in err
+    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6)
+    assert code == 2 and "6 a class are all there are of" in err and "set --draws 1" in err
+    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 5, test="train")
+    assert code == 2 and "found 18 in both (first: " in err
     (tmp_path / "test" / "violet").mkdir()
     (tmp_path / "test" / "violet" / "0.png").write_bytes(b"")
     code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6)
@@ -96,7 +105,7 @@ def test_what_does_not_go_together_is_one_line(
     (tmp_path / "train" / "violet").mkdir()
     for n in range(6):
         (tmp_path / "train" / "violet" / f"{n}.png").write_bytes((tmp_path / "train" / "red" / "0.png").read_bytes())
-    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6)
+    code, _, err = run(tmp_path, capsys, encoders[0], "--per-class", 6, "--draws", 1)
     assert code == 2 and f"{tmp_path / 'test' / 'violet' / '0.png'}: not an image that can be read" in err
-    code, _, err = run(tmp_path, capsys, tmp_path / "nowhere", "--per-class", 6)
+    code, _, err = run(tmp_path, capsys, encoders[0], tmp_path / "nowhere", "--per-class", 5)
     assert code == 2 and "nowhere" in err and len(err.strip().splitlines()) == 1

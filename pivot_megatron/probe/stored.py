@@ -1,0 +1,80 @@
+"""Images on a disk: files, and members of WebDataset tars with a text beside each, as ImageNet's classes and captions are."""
+
+from __future__ import annotations
+
+import glob
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pivot_megatron.errors import UserError
+
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """`size` bytes from `offset` on of the file `path`. `name`: for errors. `text`: what is told of it, stripped. `stamp`:
+    when the file was written last, in nanoseconds."""
+
+    name: str
+    text: str
+    path: Path
+    offset: int
+    size: int
+    stamp: int
+
+    @property
+    def facts(self) -> tuple[str, str, int, int]:
+        """Equal for equal images, without their being read."""
+        return self.name, self.text, self.size, self.stamp
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def image_file(path: Path, text: str) -> StoredImage:
+    told = path.stat()
+    return StoredImage(str(path), text, path, 0, told.st_size, told.st_mtime_ns)
+
+
+def tars_at(where: Path) -> list[Path]:
+    """The tars of a folder, or those that a pattern fits such as `imagenet/*-train-*.tar`, in order. Raises UserError where there
+    is no such folder, or nothing fits."""
+    if where.is_dir():
+        return sorted(where.glob("*.tar"))
+    found = sorted(Path(name) for name in glob.glob(str(where)))  # noqa: PTH207  (an absolute pattern)
+    if not found:
+        raise UserError(f"{where}: no such folder, and no tar that fits; give a folder, or a quoted pattern of tars")
+    if odd := [path for path in found if not path.is_file()]:
+        raise UserError(f"{where}: expected a pattern of tars, and {odd[0]} is none")
+    return found
+
+
+def images_beside(tar: Path, extension: str) -> Iterator[StoredImage]:
+    """Each KEY.jpg (or another image) with its KEY.`extension`, in order. Raises UserError for an image without, for two of one
+    key, and for a tar that cannot be read."""
+    images: dict[str, tuple[int, int]] = {}
+    texts: dict[str, str] = {}
+    try:
+        stamp = tar.stat().st_mtime_ns
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                folder, slash, base = member.name.rpartition("/")
+                key, _, kind = base.partition(".")
+                key = folder + slash + key
+                if f".{kind.lower()}" in EXTENSIONS:
+                    if key in images:
+                        raise UserError(f"{tar}: {key}: expected one image a key, found another in {member.name}")
+                    images[key] = (member.offset_data, member.size)
+                elif kind == extension and (content := file.extractfile(member)):
+                    texts[key] = content.read().decode().strip()
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{tar}: not a tar that can be read ({error}); fetch it again") from None
+    for key, (offset, size) in images.items():
+        if key not in texts:
+            raise UserError(f"{tar}: {key}: expected {key}.{extension} beside the image, found none")
+        yield StoredImage(f"{tar}: {key}", texts[key], tar, offset, size, stamp)

@@ -1,0 +1,76 @@
+"""Scores of several encoders on the same samples, and how each differs from the first, as a table and as records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pivot_megatron.probe.interval import Interval, change_text, crossed_mean
+
+
+@dataclass(frozen=True)
+class Score:
+    """`values` `[draws, samples]`: a share of each, the same draws and samples for every encoder. `floor`: an interval that the
+    mean's is not to be narrower than. `columns`: what else a table has of it, in its order; `record`: what else JSON has."""
+
+    encoder: str
+    values: npt.NDArray[np.float64] = field(repr=False)
+    columns: Mapping[str, str]
+    record: Mapping[str, Any]
+    floor: Interval | None = None
+
+    @cached_property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @cached_property
+    def interval(self) -> Interval:
+        _, found = crossed_mean(self.values)
+        return (
+            found if self.floor is None else Interval(min(found.low, self.floor.low), max(found.high, self.floor.high))
+        )
+
+
+def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
+    """Of each after the first, the mean of its differences from the first, value by value, with its interval."""
+    return [crossed_mean(score.values - scores[0].values) for score in scores[1:]]
+
+
+def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
+    """`settings`: a dataclass."""
+    records = [
+        {"encoder": score.encoder, "mean": score.mean, "interval": asdict(score.interval), **score.record}
+        for score in scores
+    ]
+    against = [
+        {"encoder": score.encoder, "difference": mean, "interval": asdict(interval)}
+        for score, (mean, interval) in zip(scores[1:], against_first(scores), strict=True)
+    ]
+    told = {"settings": asdict(settings), **facts, "scores": records, "against_the_first": against}  # type: ignore[call-overload]
+    return json.dumps(told, indent=2, default=str)
+
+
+def as_table(measure: str, scores: Sequence[Score]) -> str:
+    """A line an encoder, in per cent; `measure` heads the means."""
+    changes = ["", *(change_text(*change) for change in against_first(scores))]
+    heads = ["encoder", measure, "95 % interval", *scores[0].columns, "against the first"]
+    rows = [heads]
+    for score, change in zip(scores, changes, strict=True):
+        low, high = 100 * max(score.interval.low, 0.0), 100 * min(score.interval.high, 1.0)
+        rows.append(
+            [score.encoder, f"{100 * score.mean:.2f}", f"{low:.2f} - {high:.2f}", *score.columns.values(), change]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if n in (0, len(heads) - 1) else text.rjust(width)
+            for n, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -132,12 +132,12 @@ def from_main_process(value: Any) -> Any:
 
 
 def on_main_process(do: Callable[[], object]) -> None:
-    """`do` there. Collective over all ranks, which go on after it, or raise the UserError that it raised."""
+    """`do` there. Collective over all ranks, which go on after it, or raise the UserError or RunError that it raised."""
     problem = None
     if is_main_process():
         try:
             do()
-        except UserError as error:
+        except (UserError, RunError) as error:
             problem = error
     if problem := from_main_process(problem):
         raise problem

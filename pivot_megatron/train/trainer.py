@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 
-from pivot_megatron.checkpoints.folder import steps_in
+from pivot_megatron.checkpoints.folder import step_folder, steps_in
 from pivot_megatron.config.schema import Dpo, RunConfig
-from pivot_megatron.convert.start import pinned
+from pivot_megatron.convert.frozen import require_frozen
+from pivot_megatron.convert.start import pinned, with_checkpoints
 from pivot_megatron.data.loader import StepData
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.requeue import StopRequests, remove_mark
-from pivot_megatron.runtime.distributed import is_main_process, process_groups
+from pivot_megatron.runtime.distributed import is_main_process, on_main_process, process_groups
 from pivot_megatron.runtime.watch import Patience, Watch
 from pivot_megatron.train.agreement import agreed
 from pivot_megatron.train.record import (
@@ -54,6 +55,8 @@ def train(config: RunConfig, report: Report = lambda *_: None, requests: StopReq
             return 0
         if (signal := _make_steps(session, report, requests)) is not None:
             _mark(config, signal)
+        elif session.done > session.first:
+            _require_frozen(session)
         return session.done - session.first
 
 
@@ -158,6 +161,22 @@ def _save(session: Session, must: bool) -> None:
     progress = replace(session.standing, step=session.done, **state)
     blocked = checkpointer.at_step(session.wrapped, session.optimization, progress, due=due, must=must)
     session.folder.held_up(blocked)
+
+
+def _require_frozen(session: Session) -> None:
+    """That what the rules freeze is saved as the run began from it, bit for bit."""
+    config = session.config
+    if not any(rule.rate == "frozen" for rule in config.parameters):
+        return
+    session.watch.at("comparing frozen parameters", files=True)
+
+    def compare() -> None:
+        start = with_checkpoints(config.model, session.standing.start)
+        checkpoint = step_folder(session.folder.checkpoints, session.done)
+        count = require_frozen(checkpoint, start, config.seed, config.parameters)
+        print(f"{config.name}: {count} frozen parameters are as they began, bit for bit", file=sys.stderr, flush=True)
+
+    on_main_process(compare)
 
 
 def _mark(config: RunConfig, signal: Signals) -> None:

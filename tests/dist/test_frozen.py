@@ -1,0 +1,76 @@
+"""What a run's rules freeze is at its end, bit for bit, what it began from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
+from pivot_megatron.config.load import load_config
+from pivot_megatron.config.schema import Layout, ParameterRule
+from pivot_megatron.convert.frozen import changed_parameters, frozen_names, require_frozen
+from pivot_megatron.convert.store import describe
+from pivot_megatron.errors import RunError
+from tests import matrix
+from tests.dist.runs import config_tree, make_world, train_at, write_config
+from tests.harness import Workers
+
+FREEZE = [{"match": "encoder.*", "rate": "frozen"}, {"match": "llm.*", "rate": "frozen"}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"), pairs=40)
+
+
+def config(data: Path, folder: Path, rules: list[dict[str, str]], **changes: object) -> Path:
+    tree = config_tree(data, folder / "run") | {"parameters": rules} | changes
+    tree["batch"]["steps"], tree["checkpoints"]["every"] = 2, 100
+    tree["objective"] = {"kind": "sft"}
+    folder.mkdir()
+    return write_config(folder / "run.yaml", tree)
+
+
+def train_with_nothing_frozen(config_file: Path) -> str:
+    """A worker's job: the message of a run that does not do as its rules say."""
+    from pivot_megatron.train import session
+
+    apply_rules = session.apply_rules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "apply_rules", lambda model, rules: apply_rules(model, ()))
+        try:
+            train_at(config_file, Layout())
+        except RunError as error:
+            return str(error)
+    raise AssertionError("the run went through")
+
+
+@matrix.layouts(matrix.TP2, matrix.PP2, slow=(matrix.TP2_DP2,))
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_only_what_trains_changes(layout, world, compute: str, data: Path, tmp_path: Path, workers: Workers) -> None:
+    file = config(data, tmp_path / "a", FREEZE, precision={"compute": compute})
+    workers.run(train_at, None, world, file, layout)
+    first = load_config(file)
+    checkpoint = resolve_checkpoint(first.out)
+    arch = describe(checkpoint).architecture()
+    every = frozen_names(arch, [ParameterRule("*", "frozen")])
+    changed = changed_parameters(checkpoint, first.model, first.seed, set(every))
+    assert changed == [name for name in every if name.startswith("projector.")]
+    assert require_frozen(checkpoint, first.model, first.seed, first.parameters) == len(every) - len(changed)
+
+    parts = {part: {"checkpoint": str(first.out)} for part in ("encoder", "projector", "llm")}
+    second = load_config(config(data, tmp_path / "b", FREEZE[:1], precision={"compute": compute}, model=parts))
+    workers.run(train_at, None, world, tmp_path / "b" / "run.yaml", layout)
+    changed = changed_parameters(resolve_checkpoint(second.out), second.model, second.seed, set(every))
+    assert changed and not [name for name in changed if name.startswith("encoder.")]
+    assert {name.split(".")[0] for name in changed} == {"projector", "llm"}
+
+
+def test_what_did_not_stay_is_named(data: Path, tmp_path: Path, workers: Workers) -> None:
+    file = config(data, tmp_path / "a", FREEZE)
+    (message,) = workers.run(train_with_nothing_frozen, None, 1, file)
+    assert "frozen parameters are not what the run began from (first: encoder." in message
+    with pytest.raises(RunError, match=r"first: encoder\."):
+        run = load_config(file)
+        require_frozen(resolve_checkpoint(run.out), run.model, run.seed, run.parameters)

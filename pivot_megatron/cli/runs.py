@@ -1,4 +1,4 @@
-"""Runs, and what stands before them: demo, check, show, train, reference, doctor."""
+"""Runs, and what stands before them: check, show, train, reference, doctor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from pivot_megatron.requeue import StopRequests, remove_mark
 
 
 def add(verb: Verb) -> None:
-    p = verb("demo", _demo, "the whole recipe, small, on this machine; ends with a report")
-    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
-    p.add_argument("--processes", type=int, default=2, help="processes to train with (default: 2)")
-
     p = verb("check", _check, "validate configs: every error at once")
     p.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
 
@@ -39,13 +35,6 @@ def add(verb: Verb) -> None:
 
     p = verb("doctor", _doctor, "what this machine has, what is missing, and what that costs")
     p.add_argument("--json", action="store_true")
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from pivot_megatron.recipe.demo import run_demo
-
-    run_demo(args.out, args.processes)
-    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -34,8 +34,8 @@ _MISSING = ("missing", "missing_argument")
 _UNKNOWN = "unexpected_keyword_argument"
 
 
-def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
-    """`dotted.path: what is wrong`, in the order of the schema. A value that fits no type of a union is one line."""
+def explain(error: ValidationError, tree: Mapping[str, Any], root: type = RunConfig) -> list[str]:
+    """`dotted.path: what is wrong`, in the order of the schema `root`. A value that fits no type of a union is one line."""
     lines: dict[str, str] = {}
     alternatives: dict[str, tuple[list[str], Any]] = {}
     for e in error.errors():
@@ -43,10 +43,10 @@ def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
         if e["type"] in _MISSING:
             lines[path] = "missing; it has no default"
         elif e["type"] == _UNKNOWN:
-            lines[path] = f"unknown key; {_hint(path, tree)}"
+            lines[path] = f"unknown key; {_hint(path, tree, root)}"
         elif e["type"].startswith("union_tag"):
             path = f"{path}.kind"
-            lines[path] = _wrong_kind(path, e)
+            lines[path] = _wrong_kind(path, e, root)
         else:
             expected, found = alternatives.setdefault(path, ([], e["input"]))
             expected.append(_expected(e))
@@ -79,31 +79,31 @@ def _expected(error: Mapping[str, Any]) -> str:
     return _EXPECTED.get(error["type"]) or f"a value for which this does not hold: {message[0].lower() + message[1:]}"
 
 
-def _wrong_kind(path: str, error: Mapping[str, Any]) -> str:
-    expected = " or ".join(shown(kind) for key in all_keys() if key.path == path and (kind := _kind(key.owner)))
+def _wrong_kind(path: str, error: Mapping[str, Any], root: type) -> str:
+    expected = " or ".join(shown(kind) for key in all_keys(root) if key.path == path and (kind := _kind(key.owner)))
     if error["type"] == "union_tag_not_found":
         return f"missing; expected {expected}"
     return f"expected {expected}, found {shown(error['input']['kind'])}"
 
 
-def _hint(path: str, tree: Mapping[str, Any]) -> str:
+def _hint(path: str, tree: Mapping[str, Any], root: type) -> str:
     """Where an unknown key may have been meant to go: a key of like name beside it, the same name elsewhere, or all."""
     parent, _, name = path.rpartition(".")
-    beside = [field.name for owner in _owners(parent, tree) for field in fields(owner)]
+    beside = [field.name for owner in _owners(parent, tree, root) for field in fields(owner)]
     if close := difflib.get_close_matches(name, beside, n=1):
         return f"did you mean {parent + '.' if parent else ''}{close[0]}?"
-    elsewhere = [key.path for key in all_keys() if key.name == name and key.path != path]
+    elsewhere = [key.path for key in all_keys(root) if key.name == name and key.path != path]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"the keys here are {', '.join(beside)}"
 
 
-def _owners(parent: str, tree: Mapping[str, Any]) -> list[type]:
+def _owners(parent: str, tree: Mapping[str, Any], root: type) -> list[type]:
     """The schema classes whose fields may stand under `parent`; of a union's members, that of the kind the file names."""
     if not parent:
-        return [RunConfig]
+        return [root]
     general = ".".join("N" if part.isdecimal() else part for part in parent.split("."))
-    owners = [part for key in all_keys() if key.path == general.removesuffix(".N") for part in key.parts]
+    owners = [part for key in all_keys(root) if key.path == general.removesuffix(".N") for part in key.parts]
     node: Any = tree
     for part in parent.split("."):
         node = node[int(part)] if isinstance(node, list) else node[part]

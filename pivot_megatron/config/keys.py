@@ -20,6 +20,7 @@ _NAMES: Mapping[Any, str] = {
     bool: "true or false",
     Path: "path",
     type(None): "null",
+    Any: "value",
 }
 
 
@@ -43,9 +44,9 @@ class Key:
 
 
 @cache
-def all_keys() -> tuple[Key, ...]:
+def all_keys(root: type = RunConfig) -> tuple[Key, ...]:
     """In the order of the schema, each key before the keys it holds."""
-    return tuple(_keys_of(RunConfig, ""))
+    return tuple(_keys_of(root, ""))
 
 
 def _keys_of(owner: type, prefix: str) -> Iterator[Key]:

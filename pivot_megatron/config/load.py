@@ -20,23 +20,32 @@ _ADAPTER = TypeAdapter(RunConfig)
 class ConfigErrors(UserError):
     """Every mistake found in a config, one line each: file, dotted path, what is wrong."""
 
-    def __init__(self, source: Path, errors: Sequence[str]) -> None:
+    def __init__(self, source: Path | str, errors: Sequence[str]) -> None:
         self.errors = tuple(f"{source}: {error}" for error in errors)
         super().__init__("\n".join(self.errors))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Raises ConfigErrors with every schema error, or else every cross-field error, of the file and its overrides."""
-    tree = read_tree(path)
-    for override in overrides:
-        _override(tree, override)
+    return decoded(overridden(read_tree(path), overrides), path)
+
+
+def decoded(tree: Mapping[str, Any], source: Path | str) -> RunConfig:
+    """Raises ConfigErrors, of `source`, as `load_config` does."""
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise ConfigErrors(path, explain(error, tree)) from None
+        raise ConfigErrors(source, explain(error, tree)) from None
     if found := problems(config):
-        raise ConfigErrors(path, found)
+        raise ConfigErrors(source, found)
     return config
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` itself with `key=value` texts laid over it. Raises UserError for one that leads nowhere."""
+    for override in overrides:
+        _override(tree, override)
+    return tree
 
 
 def value_of(config: RunConfig, key: str) -> str:
@@ -73,14 +82,19 @@ def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(map(str, (*readers, path)))
         raise UserError(f"{path}: base: expected files that do not lead back here, found {chain}; take one out")
     tree = _read_yaml(path, readers)
+    return merged(based(tree, path, readers), tree)
+
+
+def based(tree: dict[str, Any], path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What the `base:` of `tree`, which stands in the file `path`, names: later files over earlier ones. Takes it from `tree`."""
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: base: expected a file or a list of files, found {bases!r}")
-    merged: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read_tree(path.parent / base, (*readers, path)))
-    return _merge(merged, tree)
+        found = merged(found, _read_tree(path.parent / base, (*readers, path)))
+    return found
 
 
 def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -97,11 +111,12 @@ def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     return tree
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping."""
+    found = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if _extends(value, merged.get(key)) else value
-    return merged
+        found[key] = merged(found[key], value) if _extends(value, found.get(key)) else value
+    return found
 
 
 def _extends(over: Any, base: Any) -> bool:

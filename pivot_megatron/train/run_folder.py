@@ -122,6 +122,10 @@ class RunFolder:
         mark = {"step": step, "signal": asked.name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_atomically(mark_path(self.path), json.dumps(mark) + "\n")
 
+    def mark_finished(self, step: int) -> None:
+        """`step`: the run's last, which is saved."""
+        write_atomically(finished_path(self.path), json.dumps({"step": step}) + "\n")
+
     def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
         self._append(self.dropped, [{"step": step, **asdict(d)} for d in dropped])
 
@@ -150,6 +154,11 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
+
+
+def finished_path(run: Path) -> Path:
+    """The file that a run has once it has made all of its steps."""
+    return run / "finished.json"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

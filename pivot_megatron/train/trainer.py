@@ -57,6 +57,7 @@ def train(config: RunConfig, report: Report = lambda *_: None, requests: StopReq
             _mark(config, signal)
         elif session.done > session.first:
             _require_frozen(session)
+            on_main_process(lambda: session.folder.mark_finished(session.done))
         return session.done - session.first
 
 

@@ -1,0 +1,96 @@
+"""What became of a schedule: a row a phase, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pivot_megatron.probe.interval import Interval, change_text
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Accuracy (a share) of the encoder that a phase left, and its difference from the one that the phase found."""
+
+    accuracy: float
+    interval: Interval
+    difference: float
+    difference_interval: Interval
+
+    def fallen_by_more_than(self, share: float) -> bool:
+        """Surely: the whole of the difference's interval lies below `-share`."""
+        return self.difference_interval.high < -share
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """`encoder`: the Hugging Face folder of the encoder as the phase left it; None where, bit for bit, it is as the phase found
+    it. `loss`, `reward_margin`: means over the last tenth of the steps that were applied."""
+
+    name: str
+    objective: str
+    head: str
+    projector: bool
+    steps: int
+    pairs: int
+    seconds: float
+    loss: float
+    reward_margin: float | None
+    encoder: str | None
+    probed: Probed | None
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> PhaseResult:
+        probed = told["probed"]
+        if probed is not None:
+            intervals = {name: Interval(**probed[name]) for name in ("interval", "difference_interval")}
+            probed = Probed(**{**probed, **intervals})
+        return cls(**{**told, "probed": probed})
+
+
+def as_json(name: str, results: Sequence[PhaseResult]) -> str:
+    return json.dumps({"name": name, "phases": [asdict(result) for result in results]}, indent=2) + "\n"
+
+
+def as_table(results: Sequence[PhaseResult]) -> str:
+    heads = (
+        "phase",
+        "objective",
+        "head",
+        "steps",
+        "minutes",
+        "loss",
+        "margin",
+        "accuracy",
+        "against the phase's start",
+    )
+    rows = [heads, *(_row(result) for result in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = (0, 1, 2, len(heads) - 1)
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if n in left else text.rjust(width)
+            for n, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _row(result: PhaseResult) -> tuple[str, ...]:
+    probed = result.probed
+    changed = "encoder as it was, bit for bit" if result.encoder is None else ""
+    if probed is not None:
+        changed = change_text(probed.difference, probed.difference_interval)
+    return (
+        result.name,
+        result.objective,
+        result.head,
+        str(result.steps),
+        f"{result.seconds / 60:.1f}",
+        f"{result.loss:.4f}",
+        "" if result.reward_margin is None else f"{result.reward_margin:+.3f}",
+        "" if probed is None else f"{100 * probed.accuracy:.2f}",
+        changed,
+    )

@@ -1,0 +1,192 @@
+"""Runs in a row, one encoder handed on through all of them. A rerun skips what is finished and resumes the open phase."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pivot_megatron.checkpoints.folder import resolve_checkpoint
+from pivot_megatron.config.load import dump_config
+from pivot_megatron.config.schema import ParameterRule, RunConfig
+from pivot_megatron.convert.commands import export_checkpoint
+from pivot_megatron.convert.frozen import changed_parameters, frozen_names
+from pivot_megatron.convert.start import with_checkpoints
+from pivot_megatron.convert.store import describe
+from pivot_megatron.errors import RuleError, RunError, UserError
+from pivot_megatron.probe.classes import LinearSettings, probe_encoders
+from pivot_megatron.probe.table import against_first
+from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
+from pivot_megatron.recipe.phase_runs import Phase
+from pivot_megatron.recipe.phases import Phases
+from pivot_megatron.recipe.schedule import LinearProbe, Schedule
+from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
+from pivot_megatron.runtime.launch import default_processes, launch
+from pivot_megatron.train.checkpoint import decided_by, progress_of
+from pivot_megatron.train.run_folder import finished_path, read_metrics, write_atomically
+
+_LAST = 0.1  # of a run's steps, over which its loss is told
+
+
+class Evolution:
+    """A schedule's phases, in its folder."""
+
+    def __init__(self, schedule: Schedule, phases: Sequence[Phase]) -> None:
+        self.schedule = schedule
+        self.phases = phases
+        self._done = Phases(schedule.out / "phases", 2 * len(phases))
+
+    def write_runs(self) -> list[Path]:
+        """A file a phase that `pivot train` takes. Raises UserError where a phase that has begun was of other settings."""
+        for phase in self.phases:
+            _require_same(phase)
+            phase.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(phase.run_file, dump_config(phase.config))
+            write_atomically(phase.folder / "decided.json", json.dumps(_decided(phase.config), indent=2) + "\n")
+        return [phase.run_file for phase in self.phases]
+
+    def run(self, processes: int | None, requests: StopRequests) -> bool:
+        """Every phase that is not finished, in `processes` on this machine (one a GPU, or the layout's own, where it is None).
+        False where one was asked to stop, which has saved. Raises RuleError where an encoder has fallen past a phase's gate."""
+        self.write_runs()
+        results = []
+        for phase in self.phases:
+            try:
+                self._done.run(f"{phase.name} run", partial(_train, phase, processes, requests))
+            except _StoppedError:
+                print(
+                    f"evolve: stopped in phase {phase.name}, which has saved; the same command goes on", file=sys.stderr
+                )
+                return False
+            results.append(self.judge(phase.name))
+            _tell(self.schedule, results)
+            self.require_gate(results[-1])
+        print(as_table(results))
+        return True
+
+    def judge(self, name: str) -> PhaseResult:
+        """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe."""
+        phase = self._named(name)
+        found = self._done.run(f"{name} judged", lambda: asdict(self._judged(phase)))
+        return PhaseResult.from_json(found)
+
+    def require_gate(self, result: PhaseResult) -> None:
+        most = self._named(result.name).most_fallen
+        if most is not None and result.probed is not None and result.probed.fallen_by_more_than(most):
+            raise RuleError(
+                f"phase {result.name}: the probe's accuracy fell by {-100 * result.probed.difference:.2f} points, by more than "
+                f"{100 * most:.2f} for sure (phases: most_fallen); what it left is in {result.encoder}"
+            )
+
+    def _named(self, name: str) -> Phase:
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise UserError(f"--judge: expected one of {', '.join(p.name for p in self.phases)}, found {name}")
+
+    def _judged(self, phase: Phase) -> PhaseResult:
+        checkpoint = _finished(phase)
+        before = self._encoder_before(phase)
+        encoder = phase.encoder if _encoder_changed(checkpoint, phase.config) else None
+        if encoder is not None and not encoder.exists():
+            export_checkpoint(checkpoint, "encoder", encoder, "drop", None)
+        probe = self.schedule.probe
+        probed = (
+            _probed(probe, before, encoder, self.schedule.out) if probe is not None and encoder is not None else None
+        )
+        lines = [line for line in read_metrics(phase.config.out) if line["applied"]]
+        last = lines[-max(1, round(_LAST * len(lines))) :]
+        margins = [line["reward_margin"] for line in last if line.get("reward_margin") is not None]
+        return PhaseResult(
+            phase.name,
+            phase.config.objective.kind,
+            describe(checkpoint).architecture().head.family + f" {describe(checkpoint).architecture().head.hidden}",
+            phase.projector,
+            lines[-1]["step"],
+            sum(line["pairs"] for line in lines),
+            sum(line["step_seconds"] + line["save_seconds"] for line in lines),
+            sum(line["loss"] for line in last) / len(last),
+            sum(margins) / len(margins) if margins else None,
+            None if encoder is None else str(encoder),
+            probed,
+        )
+
+    def _encoder_before(self, phase: Phase) -> Path:
+        """The encoder that `phase` found: as the last phase before it that changed it left it."""
+        for earlier in reversed(self.phases[: self.phases.index(phase)]):
+            if earlier.encoder.exists():
+                return earlier.encoder
+        start = self.schedule.encoder
+        return start.hf or start.checkpoint or Path()
+
+
+class _StoppedError(Exception):
+    """A run was asked to stop, and has saved."""
+
+
+def _train(phase: Phase, processes: int | None, requests: StopRequests) -> str:
+    """Its run to its end, going on from its own checkpoints. Returns its folder."""
+    config = phase.config
+    remove_mark(config.out)
+    count = processes or default_processes(config.layout)
+    if code := launch(count, ["train", str(phase.run_file)], requests):
+        error = RuleError if code == RuleError.exit_code else UserError if code == UserError.exit_code else RunError
+        raise error(f"phase {phase.name}: its run ended with exit code {code}, and said why above; see {config.out}")
+    if mark_path(config.out).exists():
+        raise _StoppedError
+    return str(config.out)
+
+
+def _finished(phase: Phase) -> Path:
+    """The last checkpoint of a run that has made all its steps."""
+    if not finished_path(phase.config.out).exists():
+        raise UserError(
+            f"phase {phase.name}: expected a finished run in {phase.config.out}; `pivot train {phase.run_file}` goes on"
+        )
+    return resolve_checkpoint(phase.config.out)
+
+
+def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
+    """Whether any of its parameters is not, bit for bit, what the run began from."""
+    names = frozen_names(describe(checkpoint).architecture(), [ParameterRule("encoder.*", "frozen")])
+    start = with_checkpoints(config.model, progress_of(checkpoint).start)
+    return bool(changed_parameters(checkpoint, start, config.seed, names))
+
+
+def _probed(probe: LinearProbe, before: Path, after: Path, out: Path) -> Probed:
+    settings = LinearSettings(probe.train, probe.test, probe.per_class, probe.draws, probe.seed, batch=probe.batch)
+    report = probe_encoders(
+        [before, after], settings, out / "features", lambda told: print(f"probe: {told}", file=sys.stderr, flush=True)
+    )
+    write_atomically(after.parent / "linear.json", report.as_json() + "\n")
+    ((difference, interval),) = against_first(report.scores)
+    score = report.scores[1]
+    return Probed(score.mean, score.interval, difference, interval)
+
+
+def _decided(config: RunConfig) -> dict[str, Any]:
+    """What a phase's result follows from. The fingerprint of its samples is the run's own to hold."""
+    start = {name: str(component) for name, component in vars(config.model).items()}
+    return {**decided_by(config, str([source.folder for source in config.data.shards])), "model": start}
+
+
+def _require_same(phase: Phase) -> None:
+    """Raises UserError where a phase that has a checkpoint was begun with other settings than it has now."""
+    file = phase.folder / "decided.json"
+    if not file.exists() or not (phase.config.out / "checkpoints").exists():
+        return
+    before, now = json.loads(file.read_text()), json.loads(json.dumps(_decided(phase.config)))
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"phase {phase.name}: {key}: begun with {before.get(key)}, found {value}; restore it, or choose another out:, "
+                f"or remove {phase.folder} and the phases after it"
+            )
+
+
+def _tell(schedule: Schedule, results: Sequence[PhaseResult]) -> None:
+    write_atomically(schedule.out / "evolution.json", as_json(schedule.name, results))

@@ -1,0 +1,162 @@
+"""`pivot evolve`: an encoder through two heads, skipped where finished, resumed where open, stopped where it has fallen."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pivot_megatron.cli import main
+from pivot_megatron.config.schema import Layout
+from pivot_megatron.convert.tiny_checkpoints import make_head
+from pivot_megatron.data.build import load_tokenizer
+from pivot_megatron.errors import RuleError
+from pivot_megatron.probe.interval import Interval
+from pivot_megatron.recipe import evolve
+from pivot_megatron.recipe.evolution import PhaseResult, Probed
+from pivot_megatron.requeue import StopRequests, mark_path
+from pivot_megatron.train.run_folder import read_metrics
+from tests.dist.runs import config_tree, make_world, train_at
+from tests.harness import Workers
+
+FREEZE = [{"match": "encoder.*", "rate": "frozen"}]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_world(tmp_path_factory.mktemp("world"), pairs=40)
+    tokenizer = load_tokenizer(folder / "llm")
+    make_head(
+        folder / "wider", tokenizer, hidden_size=48, layers=2, heads=4, kv_heads=2, ffn=64, tied=True, seed=3
+    )
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 8)):
+        for name, color in (("dark", 60), ("light", 190)):
+            (folder / split / name).mkdir(parents=True)
+            for n in range(count):
+                image = Image.fromarray((draw.normal(color, 30, (48, 48, 3))).clip(0, 255).astype(np.uint8))
+                file = io.BytesIO()
+                image.save(file, "PNG")
+                (folder / split / name / f"{n}.png").write_bytes(file.getvalue())
+    return folder
+
+
+def write_schedule(world: Path, folder: Path) -> Path:
+    run = {k: v for k, v in config_tree(world, folder).items() if k not in ("name", "out", "model")}
+    run["batch"]["steps"] = 2
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    sft = {"base": "run.yaml", "objective": {"kind": "sft"}}
+    tree: dict[str, Any] = {
+        "name": "growth",
+        "out": str(folder / "out"),
+        "encoder": {"hf": str(world / "encoder")},
+        "probe": {"train": str(world / "train"), "test": str(world / "test"), "per_class": 8, "draws": 2},
+        "phases": [
+            {"name": "align", "head": str(world / "llm"), "run": sft | {"parameters": FREEZE}},
+            {"name": "dpo", "run": {"base": "run.yaml"}},
+            {"name": "realign", "head": str(world / "wider"), "run": sft | {"parameters": FREEZE}},
+            {"name": "dpo-wider", "run": {"base": "run.yaml"}, "most_fallen": 0.5},
+        ],
+    }
+    file = folder / "schedule.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+class Launcher:
+    """In the place of processes of their own: the tests' workers, which train for real. Stops in the run number `stop_in`."""
+
+    def __init__(self, workers: Workers, stop_in: int | None = None) -> None:
+        self.workers, self.stop_in = workers, stop_in
+        self.runs: list[str] = []
+
+    def __call__(self, processes: int, arguments: Sequence[str], requests: StopRequests) -> int:
+        verb, file = arguments
+        assert (verb, processes) == ("train", 1)
+        if len(self.runs) == self.stop_in:
+            out = mark_path(Path(file).parent / "run")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text("{}")
+            return 0
+        self.runs.append(Path(file).parent.name)
+        self.workers.run(train_at, None, 1, Path(file), Layout())
+        return 0
+
+
+def test_an_encoder_goes_through_two_heads(
+    world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write_schedule(world, tmp_path), tmp_path / "out"
+    launcher = Launcher(workers, stop_in=2)
+    monkeypatch.setattr(evolve, "launch", launcher)
+    assert main(["evolve", str(file)]) == 0
+    assert launcher.runs == ["align", "dpo"]
+    assert "stopped in phase realign, which has saved; the same command goes on" in capsys.readouterr().err
+    assert not (out / "align" / "encoder").exists() and (out / "dpo" / "encoder" / "model.safetensors").exists()
+
+    launcher.stop_in = None
+    assert main(["evolve", str(file)]) == 0
+    assert launcher.runs == ["align", "dpo", "realign", "dpo-wider"]  # what was finished is not trained again
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["phase", "align", "dpo", "realign", "dpo-wider"]
+    assert [line.endswith("encoder as it was, bit for bit") for line in table[1:]] == [True, False, True, False]
+    told = json.loads((out / "evolution.json").read_text())["phases"]
+    assert [phase["projector"] for phase in told] == [False, True, False, True]
+    assert [phase["probed"] is None for phase in told] == [True, False, True, False]
+    assert all(0.5 <= phase["probed"]["accuracy"] <= 1.0 for phase in told if phase["probed"])
+    # The second phase's reference is the model as it begins, so its first step moves nothing yet.
+    assert read_metrics(out / "dpo-wider" / "run")[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
+    encoders = json.loads((out / "dpo-wider" / "linear.json").read_text())["scores"]
+    assert [score["encoder"] for score in encoders] == [str(out / name / "encoder") for name in ("dpo", "dpo-wider")]
+
+    before = json.dumps(told)
+    assert main(["evolve", str(file)]) == 0 and len(launcher.runs) == 4
+    assert json.dumps(json.loads((out / "evolution.json").read_text())["phases"]) == before
+    assert main(["evolve", str(file), "--judge", "dpo"]) == 0 and main(["evolve", str(file), "--judge", "x"]) == 2
+    assert "--judge: expected one of align, dpo, realign, dpo-wider, found x" in capsys.readouterr().err
+    assert main(["evolve", str(file), "phases.1.run.objective.beta=0.7"]) == 2
+    assert "phase dpo: objective: begun with" in capsys.readouterr().err
+
+
+def test_each_phase_is_a_file_that_trains_by_itself(
+    world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a chain of jobs does it: a run, then its judgement."""
+    file, out = write_schedule(world, tmp_path), tmp_path / "out"
+    assert main(["evolve", str(file), "--runs"]) == 0
+    told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in told] == ["align", "dpo", "realign", "dpo-wider"]
+    assert main(["evolve", str(file), "--judge", "align"]) == 2
+    assert "phase align: expected a finished run in" in capsys.readouterr().err
+    for name, run in told[:2]:
+        workers.run(train_at, None, 1, Path(run), Layout())
+        assert main(["evolve", str(file), "--judge", name]) == 0
+    assert (out / "dpo" / "encoder").exists()
+    monkeypatch.setattr(evolve, "launch", launcher := Launcher(workers))
+    assert main(["evolve", str(file)]) == 0
+    assert launcher.runs == ["align", "dpo", "realign", "dpo-wider"]  # finished runs begin and end at once
+
+
+def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None:
+    from pivot_megatron.recipe.phase_runs import phases_of
+    from pivot_megatron.recipe.schedule import load_schedule
+
+    file = write_schedule(world, tmp_path)
+    schedule = load_schedule(file)
+    evolution = evolve.Evolution(schedule, phases_of(schedule, file))
+    probed = Probed(0.3, Interval(0.2, 0.4), -0.6, Interval(-0.65, -0.55))
+    result = PhaseResult("dpo-wider", "dpo", "qwen2 48", True, 2, 24, 1.0, 0.7, 0.0, "encoder", probed)
+    with pytest.raises(RuleError, match=r"phase dpo-wider: the probe's accuracy fell by 60\.00 points, by more than 50\.00"):
+        evolution.require_gate(result)
+    unsure = replace(probed, difference_interval=Interval(-0.75, -0.45))
+    evolution.require_gate(replace(result, probed=unsure))
+    evolution.require_gate(replace(result, name="dpo"))  # which has no gate
+    evolution.require_gate(replace(result, probed=None))

@@ -1,0 +1,164 @@
+"""Schedules of `pivot evolve`: what each phase's run begins from, and what may be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
+from pivot_megatron.config.schema import Component
+from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
+from pivot_megatron.recipe.phase_runs import Phase, phases_of
+from pivot_megatron.recipe.schedule import load_schedule
+
+RUN = {
+    "objective": {"kind": "sft"},
+    "data": {"shards": ["shards/captions"]},
+    "optimizer": {"learning_rate": 1e-3},
+    "batch": {"global_size": 4, "micro_tokens": 256, "steps": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`encoder`, and heads of three sizes, of which `b` and `c` are as wide as each other."""
+    folder = tmp_path_factory.mktemp("models")
+    make_encoder(folder / "encoder", image_size=16, patch_size=8, hidden_size=32, layers=3, heads=4, ffn=48, seed=0)
+    tokenizer = make_tokenizer(["a red circle"], 300)
+    for name, hidden, layers in (("a", 32, 2), ("b", 48, 2), ("c", 48, 3)):
+        make_head(
+            folder / name, tokenizer, hidden_size=hidden, layers=layers, heads=4, kv_heads=2, ffn=64, tied=True, seed=1
+        )
+    return folder
+
+
+def tree(models: Path, out: Path) -> dict[str, Any]:
+    """Align, prefer, change the head for a wider one, align, prefer, change it for one as wide, and prefer."""
+
+    def phase(name: str, head: str | None = None, **run: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "run": {"base": "run.yaml", **run},
+            **({"head": str(models / head)} if head else {}),
+        }
+
+    dpo = {"objective": {"kind": "dpo", "beta": 0.3}, "data": {"shards": ["shards/pairs"]}}
+    return {
+        "name": "growth",
+        "out": str(out),
+        "encoder": {"hf": str(models / "encoder")},
+        "every": {"seed": 5},
+        "phases": [
+            phase("align-a", "a"),
+            phase("dpo-a", **dpo),
+            phase("align-b", "b", parameters=[{"match": "encoder.*", "rate": "frozen"}]),
+            phase("dpo-b", batch={"steps": 9}, **dpo),
+            phase("dpo-c", "c", seed=6, **dpo),
+        ],
+    }
+
+
+def resolved(folder: Path, schedule: dict[str, Any], *overrides: str) -> list[Phase]:
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
+    file = folder / "schedule.yaml"
+    file.write_text(yaml.safe_dump(schedule))
+    return phases_of(load_schedule(file, overrides), file)
+
+
+def test_phases_hand_on_what_fits(models: Path, tmp_path: Path) -> None:
+    phases = resolved(tmp_path, tree(models, tmp_path / "out"))
+    names = ["align-a", "dpo-a", "align-b", "dpo-b", "dpo-c"]
+    assert [phase.name for phase in phases] == names
+    runs = [Component(checkpoint=tmp_path / "out" / name / "run") for name in names]
+    heads = {name: Component(hf=models / name) for name in "abc"}
+    starts = [phase.config.model for phase in phases]
+    assert starts[0].encoder.hf == models / "encoder"
+    assert [start.encoder.checkpoint for start in starts[1:]] == [run.checkpoint for run in runs[:-1]]
+    assert [start.llm for start in starts] == [heads["a"], runs[0], heads["b"], runs[2], heads["c"]]
+    nothing = Component()
+    assert [start.projector for start in starts] == [nothing, runs[0], nothing, runs[2], runs[3]]
+    assert [phase.projector for phase in phases] == [False, True, False, True, True]
+    assert [phase.config.seed for phase in phases] == [5, 5, 5, 5, 6]
+    assert [phase.config.batch.steps for phase in phases] == [5, 5, 5, 9, 5]
+    assert [phase.config.objective.kind for phase in phases] == ["sft", "dpo", "sft", "dpo", "dpo"]
+
+
+def test_a_phase_is_a_run_like_any_other(models: Path, tmp_path: Path) -> None:
+    for phase in resolved(tmp_path, tree(models, tmp_path / "out")):
+        file = tmp_path / "phase.yaml"
+        file.write_text(dump_config(phase.config))
+        assert load_config(file) == phase.config
+
+
+def test_overrides_and_a_start_from_checkpoints(models: Path, tmp_path: Path) -> None:
+    schedule = tree(models, tmp_path / "out") | {"projector": {"checkpoint": "runs/1b"}}
+    first, *_ = resolved(tmp_path, schedule, "every.batch.micro_tokens=512", "phases.0.run.objective={kind: dpo}")
+    assert first.config.batch.micro_tokens == 512 and first.config.objective.kind == "dpo" and first.projector
+    assert first.config.model.projector == Component(checkpoint=Path("runs/1b"))
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no head": (["phases.0.head=null"], "phases.0.head: missing; the first phase needs a language model"),
+    "two of a name": (["phases.1.name=align-a"], "phases.1.name: expected a name of its own, found 'align-a' twice"),
+    "a name that is a path": (["phases.1.name=../x"], "phases.1.name: expected letters, digits, dots and dashes"),
+    "a name that is taken": (["phases.1.name=features"], "phases.1.name: expected letters"),
+    "a gate without a probe": (
+        ["phases.1.most_fallen=0.1"],
+        "phases.1.most_fallen: expected a share of 0 or more, and a",
+    ),
+    "an unknown key": (
+        ["phases.1.most_falen=0.1"],
+        "phases.1.most_falen: unknown key; did you mean phases.1.most_fallen?",
+    ),
+    "an unknown key of a run": (
+        ["phases.1.run.batch.stepz=1"],
+        "phases.1: batch.stepz: unknown key; did you mean batch.steps?",
+    ),
+    "a model in a run": (
+        ["phases.1.run.model.llm.hf=x"],
+        "phases.1: run.model.llm: follows from the schedule; leave it out",
+    ),
+    "a folder in every run": (["every.out=x"], "phases.0: every.out: follows from the schedule; leave it out"),
+    "no preference through a fresh projector": (
+        ["phases.2.run.objective={kind: dpo}"],
+        "phases.2: objective.kind: its head is new, so its projector starts fresh, through which no dpo can pass",
+    ),
+    "a layout that cannot be": (["phases.3.run.layout.pipeline=7"], "phases.3: layout.pipeline: "),
+    "two encoders": (["encoder.checkpoint=x"], "encoder: expected one of hf, checkpoint and fresh"),
+    "a projector of a folder": (["projector.hf=x"], "projector: expected a checkpoint, or nothing for a fresh one"),
+    "no phases": (["phases=[]"], "phases: expected one at least, found none"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said_by_its_key(wrong: str, models: Path, tmp_path: Path) -> None:
+    overrides, message = WRONG[wrong]
+    with pytest.raises(ConfigErrors) as caught:
+        resolved(tmp_path, tree(models, tmp_path / "out"), *overrides)
+    assert f"{tmp_path / 'schedule.yaml'}: {message}" in str(caught.value)
+
+
+def test_every_mistake_is_told_at_once(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        resolved(
+            tmp_path,
+            tree(models, tmp_path / "out"),
+            "phases.1.run.batch.stepz=1",
+            "phases.3.run.layout.pipeline=7",
+            "phases.4.run.optimizer=null",
+        )
+    assert [line.split(": ")[1] for line in caught.value.errors] == ["phases.1", "phases.3", "phases.4"]
+
+
+def test_a_fresh_encoder_cannot_be_probed(models: Path, tmp_path: Path) -> None:
+    schedule = tree(models, tmp_path / "out") | {
+        "encoder": {"fresh": str(models / "encoder")},
+        "probe": {"train": "a", "test": "b"},
+    }
+    with pytest.raises(ConfigErrors, match=r"probe: expected an encoder that is there to begin with"):
+        resolved(tmp_path, schedule)
+    del schedule["probe"]
+    assert resolved(tmp_path, schedule)[0].config.model.encoder.fresh == models / "encoder"

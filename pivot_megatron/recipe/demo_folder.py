@@ -23,11 +23,14 @@ class Demo:
     @property
     def encoder(self) -> Path:
         """The encoder that everything starts from."""
-        return self.out / "checkpoints" / "encoder"
+        return self.checkpoint("encoder")
 
     @property
     def llm(self) -> Path:
-        return self.out / "checkpoints" / "llm"
+        return self.checkpoint("llm")
+
+    def checkpoint(self, name: str) -> Path:
+        return self.out / "checkpoints" / name
 
     def data(self, kind: str) -> Path:
         return self.out / "data" / kind

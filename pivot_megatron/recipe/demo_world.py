@@ -19,30 +19,18 @@ _CORPUS_ROWS = 2000  # of captions and instructions each, for the tokenizer
 def make_data(demo: Demo) -> None:
     """Captions, instructions, pairs and held-out pairs, each of a seed of its own, so that none shares an image."""
     scale, size, seed = demo.scale, demo.scale.image_size, demo.scale.seed
-    _once(demo.data("captions"), lambda out: write_conversations(out, scale.captions, seed, size, "caption"))
-    _once(demo.data("instruct"), lambda out: write_conversations(out, scale.instruct, seed + 1, size, "instruct"))
-    _once(demo.data("pairs"), lambda out: write_pairs(out, scale.pairs, seed + 2, size))
-    _once(demo.data("held_out"), lambda out: write_pairs(out, scale.held_out, seed + 3, size))
+    once(demo.data("captions"), lambda out: write_conversations(out, scale.captions, seed, size, "caption"))
+    once(demo.data("instruct"), lambda out: write_conversations(out, scale.instruct, seed + 1, size, "instruct"))
+    once(demo.data("pairs"), lambda out: write_pairs(out, scale.pairs, seed + 2, size))
+    once(demo.data("held_out"), lambda out: write_pairs(out, scale.held_out, seed + 3, size))
 
 
 def make_checkpoints(demo: Demo) -> None:
     """`encoder` (SigLIP) and `llm` (Qwen2.5, its tokenizer trained on the data's own text)."""
     scale = demo.scale
-    _once(
-        demo.encoder,
-        lambda out: make_encoder(
-            out,
-            image_size=scale.image_size,
-            patch_size=scale.patch_size,
-            hidden_size=scale.hidden,
-            layers=scale.encoder_layers,
-            heads=4,
-            ffn=scale.ffn,
-            seed=scale.seed,
-        ),
-    )
-    tokenizer = make_tokenizer(_corpus(demo), scale.vocabulary)
-    _once(
+    make_encoder_of(demo)
+    tokenizer = make_tokenizer(corpus(demo), scale.vocabulary)
+    once(
         demo.llm,
         lambda out: make_head(
             out,
@@ -58,7 +46,25 @@ def make_checkpoints(demo: Demo) -> None:
     )
 
 
-def _corpus(demo: Demo) -> Iterator[str]:
+def make_encoder_of(demo: Demo) -> None:
+    scale = demo.scale
+    once(
+        demo.encoder,
+        lambda out: make_encoder(
+            out,
+            image_size=scale.image_size,
+            patch_size=scale.patch_size,
+            hidden_size=scale.hidden,
+            layers=scale.encoder_layers,
+            heads=4,
+            ffn=scale.ffn,
+            seed=scale.seed,
+        ),
+    )
+
+
+def corpus(demo: Demo) -> Iterator[str]:
+    """All that is said in a part of the captions and instructions: what a tokenizer is made of."""
     for name in ("captions", "instruct"):
         reader = open_shards(demo.data(name))
         for position in range(min(_CORPUS_ROWS, len(reader))):
@@ -69,7 +75,7 @@ def _corpus(demo: Demo) -> Iterator[str]:
                 yield f"system\n{SYSTEM}\nuser\nassistant\n"
 
 
-def _once(out: Path, make: Callable[[Path], None]) -> None:
+def once(out: Path, make: Callable[[Path], None]) -> None:
     """`out` whole or absent, also after a kill in the middle."""
     if out.exists():
         return

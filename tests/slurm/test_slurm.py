@@ -184,6 +184,33 @@ def test_a_chain_hands_the_encoder_on(slurm: Cluster, world: Path, tmp_path: Pat
     assert read_metrics(tmp_path / "second")[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_schedule_is_a_chain_of_runs_and_judgements(slurm: Cluster, world: Path, tmp_path: Path) -> None:
+    run = tree(world, tmp_path / "unused", steps=2)
+    model = run.pop("model")
+    del run["name"], run["out"]
+    write_config(tmp_path / "run.yaml", run)
+    align = {"base": "run.yaml", "objective": {"kind": "sft"}, "parameters": [{"match": "encoder.*", "rate": "frozen"}]}
+    schedule = {
+        "name": "chain",
+        "out": str(tmp_path / "out"),
+        "encoder": model["encoder"],
+        "phases": [
+            {"name": "align", "head": model["llm"], "run": align},
+            {"name": "dpo", "run": {"base": "run.yaml"}},
+        ],
+    }
+    file = write_config(tmp_path / "schedule.yaml", schedule)
+    command = (str(ROOT / "launch" / "evolve.sh"), "--nodes=2", f"--output={tmp_path / '%j.out'}", "--", str(file))
+    told = [line.split() for line in slurm.run(*command, cwd=tmp_path).splitlines()]
+    assert [name for _, name in told] == ["align", "align-judge", "dpo", "dpo-judge"]
+    states = [ended(slurm, job) for job, _ in told]
+    assert states == ["COMPLETED"] * 4, [p.read_text() for p in tmp_path.glob("*.out")]
+    assert (tmp_path / "out" / "dpo" / "encoder" / "config.json").exists()
+    assert not (tmp_path / "out" / "align" / "encoder").exists()
+    assert read_metrics(tmp_path / "out" / "dpo" / "run")[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.long
 def test_layouts_are_benched_side_by_side(slurm: Cluster, world: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tree(world, tmp_path / "run"))

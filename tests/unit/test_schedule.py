@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import yaml
 
 from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
 from pivot_megatron.config.schema import Component
+from pivot_megatron.config.shipped import shipped_config
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.recipe.phase_runs import Phase, phases_of
 from pivot_megatron.recipe.schedule import load_schedule
@@ -162,3 +166,67 @@ def test_a_fresh_encoder_cannot_be_probed(models: Path, tmp_path: Path) -> None:
         resolved(tmp_path, schedule)
     del schedule["probe"]
     assert resolved(tmp_path, schedule)[0].config.model.encoder.fresh == models / "encoder"
+
+
+SO400M = {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16}
+SO400M |= {"intermediate_size": 4304, "image_size": 384, "patch_size": 16}
+QWEN = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "3B": (2048, 36, 16, 2, 11008)}
+QWEN |= {"7B": (3584, 28, 28, 4, 18944)}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+@pytest.fixture
+def true_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configs alone of what the shipped schedules name, where they look for it."""
+    configs = {"siglip2-so400m-patch16-384": SO400M}
+    for size, numbers in QWEN.items():
+        more = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": size != "7B", "rope_theta": 1e6}
+        configs[f"Qwen2.5-{size}-Instruct"] = dict(zip(SIZES, numbers, strict=True)) | more
+    for name, config in configs.items():
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("true_sizes")
+@pytest.mark.parametrize(
+    ("name", "heads", "objectives"),
+    [
+        ("single", 1, ["sft", "sft", "dpo"]),
+        ("mpo", 1, ["sft", "sft", "dpo"]),
+        ("grow_7b", 4, ["sft", "sft", "dpo"] * 4),
+    ],
+)
+def test_shipped_schedules_fit_their_models(name: str, heads: int, objectives: list[str]) -> None:
+    file = shipped_config(f"evolve/{name}.yaml")
+    schedule = load_schedule(file)
+    phases = phases_of(schedule, file)
+    assert [phase.config.objective.kind for phase in phases] == objectives
+    assert sum(spec.head is not None for spec in schedule.phases) == heads
+    assert [phase.projector for phase in phases] == [False, True, True] * heads
+    frozen = [any(rule.match == "encoder.*" and rule.rate == "frozen" for rule in p.config.parameters) for p in phases]
+    assert frozen == [True, False, False] + [True, True, False] * (heads - 1)
+
+
+@pytest.mark.usefixtures("true_sizes")
+def test_the_single_phase_is_the_papers_runs() -> None:
+    file = shipped_config("evolve/single.yaml")
+    for phase in phases_of(load_schedule(file), file):
+        run = load_config(shipped_config(f"run/{phase.name}.yaml"))
+        assert replace(run, out=phase.config.out, model=phase.config.model, name=phase.name) == phase.config
+
+
+@pytest.mark.usefixtures("true_sizes")
+def test_the_other_objective_begins_from_the_same_run() -> None:
+    """As the comment of mpo.yaml says."""
+    words = [
+        line.strip("# ").rstrip()
+        for line in shipped_config("evolve/mpo.yaml").read_text().splitlines()
+        if line[0] == "#"
+    ]
+    command = shlex.split(" ".join(words[words.index(next(w for w in words if w.startswith("pivot evolve"))) :]))
+    schedule = load_schedule(shipped_config("evolve/mpo.yaml"), command[3:])
+    run = Path("runs/single/1b_pretrain/run")
+    assert schedule.encoder.checkpoint == schedule.projector.checkpoint == run and schedule.encoder.hf is None
+    (phase,) = schedule.phases
+    assert phase.head == Component(checkpoint=run) and phase.run == {"base": "../run/2_mpo.yaml"}

@@ -28,6 +28,24 @@ def add(verb: Verb) -> None:
         "--judge", metavar="PHASE", help="train nothing: export and probe the encoder of a phase whose run is finished"
     )
 
+    p = verb("compare", _compare, "runs that differ in their objective, over seeds: what each does to the encoder")
+    p.add_argument(
+        "configs",
+        type=Path,
+        nargs="+",
+        metavar="RUN.yaml",
+        help="one alone is compared with its SFT twin; else the first",
+    )
+    p.add_argument("--set", nargs="*", default=[], metavar="key=value", dest="changes", help="laid over every run")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
+    p.add_argument("--samples", type=int, nargs="+", help="so many of the shards, each a comparison (default: all)")
+    p.add_argument("--train", type=Path, required=True, help="the probe's images, as of `pivot probe linear`")
+    p.add_argument("--test", type=Path, required=True, help="the same, of the same classes and other images")
+    p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
+    p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
+    p.add_argument("--processes", type=int, help="processes on this machine (default: one a GPU, or the layout's own)")
+    p.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: runs/compare")
+
 
 def _demo(args: argparse.Namespace) -> int:
     from pivot_megatron.recipe.demo import run_demo
@@ -36,12 +54,28 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evolve(args: argparse.Namespace) -> int:
+def _require_alone(verb: str, instead: str) -> None:
     if "RANK" in os.environ or os.environ.get("NNODES", "1") != "1":
         raise UserError(
-            "evolve: expected to be started alone, for it starts the processes of its runs itself; on several nodes use "
-            "launch/evolve.sh, or --runs and `pivot train` for each"
+            f"{verb}: expected to be started alone, for it starts the processes of its runs itself; on several nodes {instead}"
         )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _require_alone("compare", "train its runs by launch/pivot_dpo.sh and probe them by `pivot probe linear`")
+    with StopRequests() as requests:
+        from pivot_megatron.probe.classes import LinearSettings
+        from pivot_megatron.recipe.compare import CompareSettings, compare
+
+        probe = LinearSettings(args.train, args.test, args.per_class, args.draws)
+        counts = tuple(args.samples) if args.samples else (None,)
+        settings = CompareSettings(tuple(args.configs), tuple(args.changes), tuple(args.seeds), counts, probe, args.out)
+        compare(settings, args.processes, requests)
+    return 0
+
+
+def _evolve(args: argparse.Namespace) -> int:
+    _require_alone("evolve", "use launch/evolve.sh, or --runs and `pivot train` for each")
     with StopRequests() as requests:
         from pivot_megatron.recipe.evolution import as_table
         from pivot_megatron.recipe.evolve import Evolution

@@ -44,6 +44,12 @@ def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
 
 def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
     """`settings`: a dataclass."""
+    told = {"settings": asdict(settings), **facts, **as_records(scores)}  # type: ignore[call-overload]
+    return json.dumps(told, indent=2, default=str)
+
+
+def as_records(scores: Sequence[Score]) -> dict[str, list[dict[str, Any]]]:
+    """`scores`, and of those after the first `against_the_first`."""
     records = [
         {"encoder": score.encoder, "mean": score.mean, "interval": asdict(score.interval), **score.record}
         for score in scores
@@ -52,8 +58,7 @@ def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
         {"encoder": score.encoder, "difference": mean, "interval": asdict(interval)}
         for score, (mean, interval) in zip(scores[1:], against_first(scores), strict=True)
     ]
-    told = {"settings": asdict(settings), **facts, "scores": records, "against_the_first": against}  # type: ignore[call-overload]
-    return json.dumps(told, indent=2, default=str)
+    return {"scores": records, "against_the_first": against}
 
 
 def as_table(measure: str, scores: Sequence[Score]) -> str:

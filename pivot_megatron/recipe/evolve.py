@@ -17,15 +17,15 @@ from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
-from pivot_megatron.errors import RuleError, RunError, UserError
+from pivot_megatron.errors import RuleError, UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
 from pivot_megatron.recipe.phase_runs import Phase
 from pivot_megatron.recipe.phases import Phases
+from pivot_megatron.recipe.run_once import StoppedError, run_once
 from pivot_megatron.recipe.schedule import LinearProbe, Schedule
-from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
-from pivot_megatron.runtime.launch import default_processes, launch
+from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import decided_by, progress_of
 from pivot_megatron.train.run_folder import finished_path, read_metrics, write_atomically
 
@@ -57,7 +57,7 @@ class Evolution:
         for phase in self.phases:
             try:
                 self._done.run(f"{phase.name} run", partial(_train, phase, processes, requests))
-            except _StoppedError:
+            except StoppedError:
                 print(
                     f"evolve: stopped in phase {phase.name}, which has saved; the same command goes on", file=sys.stderr
                 )
@@ -124,21 +124,10 @@ class Evolution:
         return start.hf or start.checkpoint or Path()
 
 
-class _StoppedError(Exception):
-    """A run was asked to stop, and has saved."""
-
-
 def _train(phase: Phase, processes: int | None, requests: StopRequests) -> str:
-    """Its run to its end, going on from its own checkpoints. Returns its folder."""
-    config = phase.config
-    remove_mark(config.out)
-    count = processes or default_processes(config.layout)
-    if code := launch(count, ["train", str(phase.run_file)], requests):
-        error = RuleError if code == RuleError.exit_code else UserError if code == UserError.exit_code else RunError
-        raise error(f"phase {phase.name}: its run ended with exit code {code}, and said why above; see {config.out}")
-    if mark_path(config.out).exists():
-        raise _StoppedError
-    return str(config.out)
+    """Its run to its end. Returns its folder."""
+    run_once(f"phase {phase.name}", phase.run_file, phase.config, processes, requests)
+    return str(phase.config.out)
 
 
 def _finished(phase: Phase) -> Path:

@@ -20,7 +20,7 @@ from pivot_megatron.convert.tiny_checkpoints import make_head
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.errors import RuleError
 from pivot_megatron.probe.interval import Interval
-from pivot_megatron.recipe import evolve
+from pivot_megatron.recipe import evolve, run_once
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
 from pivot_megatron.requeue import StopRequests, mark_path
 from pivot_megatron.train.run_folder import read_metrics
@@ -96,7 +96,7 @@ def test_an_encoder_goes_through_two_heads(
 ) -> None:
     file, out = write_schedule(world, tmp_path), tmp_path / "out"
     launcher = Launcher(workers, stop_in=2)
-    monkeypatch.setattr(evolve, "launch", launcher)
+    monkeypatch.setattr(run_once, "launch", launcher)
     assert main(["evolve", str(file)]) == 0
     assert launcher.runs == ["align", "dpo"]
     assert "stopped in phase realign, which has saved; the same command goes on" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_each_phase_is_a_file_that_trains_by_itself(
         workers.run(train_at, None, 1, Path(run), Layout())
         assert main(["evolve", str(file), "--judge", name]) == 0
     assert (out / "dpo" / "encoder").exists()
-    monkeypatch.setattr(evolve, "launch", launcher := Launcher(workers))
+    monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers))
     assert main(["evolve", str(file)]) == 0
     assert launcher.runs == ["align", "dpo", "realign", "dpo-wider"]  # finished runs begin and end at once
 

@@ -1,0 +1,103 @@
+"""`pivot compare`: runs that differ in their objective alone, over seeds and counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pivot_megatron.cli import main
+from pivot_megatron.errors import UserError
+from pivot_megatron.probe.table import Score
+from pivot_megatron.recipe import run_once
+from pivot_megatron.recipe.comparison import Compared, as_text, members, variants
+from pivot_megatron.train.run_folder import read_metrics
+from tests.dist.runs import config_tree
+from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
+from tests.harness import Workers
+
+
+def write_run(world: Path, folder: Path, name: str, **changes: Any) -> Path:  # noqa: F811
+    tree = config_tree(world, folder / "unused") | {"name": name}
+    tree["batch"]["steps"] = 2
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tree | changes))
+    return file
+
+
+def test_runs_may_differ_in_one_thing(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    dpo = write_run(world, tmp_path, "dpo")
+    found = variants([dpo], ["optimizer.learning_rate=3e-4"])
+    assert [(name, run.objective.kind) for name, run in found.items()] == [("dpo", "dpo"), ("dpo-sft", "sft")]
+    assert {run.optimizer.learning_rate for run in found.values()} == {3e-4}
+    ipo = write_run(world, tmp_path, "ipo", objective={"kind": "dpo", "losses": {"ipo": 1}})
+    sft = write_run(world, tmp_path, "sft", objective={"kind": "sft"}, optimizer={"learning_rate": 1e-5})
+    assert list(variants([dpo, ipo, sft], [])) == ["dpo", "ipo", "sft"]
+    with pytest.raises(UserError, match="expected a run to hold against SFT, found SFT itself"):
+        variants([sft], [])
+    with pytest.raises(UserError, match=r"name: expected one of its own, found 'dpo' twice"):
+        variants([dpo, dpo], [])
+    longer = write_run(world, tmp_path, "longer", data={"shards": [str(world / "pairs")], "sequence_length": 99})
+    with pytest.raises(UserError, match=r"longer.yaml: expected a run that differs from .*dpo.yaml in objective and optimizer "):
+        variants([dpo, longer], [])
+
+
+def test_members_see_the_same_samples(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    found = members(variants([write_run(world, tmp_path, "dpo")], []), [1, 2], [None, 20], tmp_path)
+    assert [(one.count, one.seed, one.variant) for one in found] == [
+        (count, seed, name) for count in (None, 20) for seed in (1, 2) for name in ("dpo", "dpo-sft")
+    ]
+    assert [(one.config.seed, one.config.data.shards[0].most) for one in found[::2]] == [
+        (1, None),
+        (2, None),
+        (1, 20),
+        (2, 20),
+    ]
+    assert len({one.config.out for one in found}) == len(found)
+
+
+def test_the_command(
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers, stop_in=1))
+    words = ["compare", str(write_run(world, tmp_path, "dpo")), "--set", "optimizer.learning_rate=1e-2"]
+    words += ["--seeds", "1", "2", "--train", str(world / "train"), "--test", str(world / "test"), "--per-class", "8"]
+    words += ["--draws", "2", "--out", str(tmp_path / "out")]
+    assert main(words) == 0 and "compare: stopped in dpo-sft seed 1" in capsys.readouterr().err
+    launcher.stop_in = None
+    assert main(words) == 0
+    assert launcher.runs == ["seed-1", "seed-1", "seed-2", "seed-2"]
+    out = capsys.readouterr().out
+    assert "all samples, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
+    (found,) = json.loads((tmp_path / "out" / "compare.json").read_text())["counts"]
+    start, dpo, sft = found["against_the_start"]["scores"]
+    assert start["seeds"][0] == start["seeds"][1] and len(dpo["seeds"]) == len(sft["seeds"]) == 2
+    assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
+    keys = [
+        [line["keys"] for line in read_metrics(tmp_path / "out" / "all" / name / seed / "run")]
+        for seed in ("seed-1", "seed-2")
+        for name in ("dpo", "dpo-sft")
+    ]
+    assert keys[0] == keys[1] and keys[2] == keys[3] and keys[0] != keys[2]  # the same samples in the same order
+    assert main([*words, "--seeds", "3"]) == 2 and "--seeds: expected two or more" in capsys.readouterr().err
+
+
+def test_what_is_inside_the_noise_is_called_so() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0.4, 0.6, (5, 50))
+    start = Score("start", np.repeat(base.mean(axis=0)[None], 5, axis=0), {}, {})
+    one, same, better = (
+        Score(name, base + draw.normal(shift, 0.02, (5, 50)), {}, {})
+        for name, shift in (("one", 0.1), ("same", 0.1), ("better", 0.2))
+    )
+    text = as_text([Compared(None, (start, one, same, better))])
+    verdicts = [line for line in text.splitlines() if " - one: " in line]
+    assert verdicts[0].endswith("inside the noise") and verdicts[1].endswith("points, outside the noise")

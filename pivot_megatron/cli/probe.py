@@ -1,4 +1,4 @@
-"""`pivot probe`: how much a frozen encoder sees."""
+"""`pivot probe`: how much an encoder sees."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pivot_megatron.cli.verbs import Groups, Verb
 
 
 def add(verb: Verb, verbs: Groups) -> None:
-    group = verbs.add_parser("probe", help="how much a frozen encoder sees").add_subparsers(
-        required=True, metavar="WHAT"
-    )
+    group = verbs.add_parser("probe", help="how much an encoder sees").add_subparsers(required=True, metavar="WHAT")
     p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
     p.add_argument(
         "encoders",
@@ -66,6 +64,20 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
     p.add_argument("--json", action="store_true")
+    p = verb("vqa", _vqa, "the paper's table of 16 benchmarks, from lmms-eval's results", group)
+    p.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="of a model each: lmms-eval's *_results.json, or its folder of them; the first is what the others are held against",
+    )
+    p.add_argument(
+        "--benchmarks", type=Path, metavar="FILE", help="tasks and metrics (default: configs/benchmarks.yaml)"
+    )
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
 
 
 def _linear(args: argparse.Namespace) -> int:
@@ -82,6 +94,15 @@ def _alignment(args: argparse.Namespace) -> int:
 
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
     return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+
+
+def _vqa(args: argparse.Namespace) -> int:
+    from pivot_megatron.config.shipped import shipped_config
+    from pivot_megatron.probe.vqa import vqa_report
+
+    found = vqa_report(args.results, args.benchmarks or shipped_config("benchmarks.yaml"))
+    print(found.as_json() if args.json else found.as_markdown() if args.markdown else found.as_text())
+    return 0
 
 
 def _told(args: argparse.Namespace, name: str, found: Any) -> int:

@@ -103,7 +103,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         named = f", named by base: in {readers[-1]}" if readers else ""
         what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{path}: {what}{named}; give the path of a run's YAML") from None
+        raise UserError(f"{path}: {what}{named}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -71,10 +71,15 @@ def as_table(measure: str, scores: Sequence[Score]) -> str:
         rows.append(
             [score.encoder, f"{100 * score.mean:.2f}", f"{low:.2f} - {high:.2f}", *score.columns.values(), change]
         )
+    return aligned(rows, left=(0, len(heads) - 1))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Columns of one width, those in `left` to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if n in (0, len(heads) - 1) else text.rjust(width)
+            text.ljust(width) if n in left else text.rjust(width)
             for n, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

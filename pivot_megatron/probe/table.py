@@ -42,8 +42,8 @@ def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
     return [crossed_mean(score.values - scores[0].values) for score in scores[1:]]
 
 
-def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
-    """`settings`: a dataclass."""
+def score_records(scores: Sequence[Score]) -> dict[str, Any]:
+    """For JSON."""
     records = [
         {"encoder": score.encoder, "mean": score.mean, "interval": asdict(score.interval), **score.record}
         for score in scores
@@ -52,7 +52,12 @@ def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
         {"encoder": score.encoder, "difference": mean, "interval": asdict(interval)}
         for score, (mean, interval) in zip(scores[1:], against_first(scores), strict=True)
     ]
-    told = {"settings": asdict(settings), **facts, "scores": records, "against_the_first": against}  # type: ignore[call-overload]
+    return {"scores": records, "against_the_first": against}
+
+
+def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
+    """`settings`: a dataclass."""
+    told = {"settings": asdict(settings), **facts, **score_records(scores)}  # type: ignore[call-overload]
     return json.dumps(told, indent=2, default=str)
 
 

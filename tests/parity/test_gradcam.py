@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -17,6 +18,7 @@ from pivot_megatron.config.schema import Dpo, Sft
 from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint, trained_model
 from pivot_megatron.convert.saving import save_weights
 from pivot_megatron.convert.store import describe
+from pivot_megatron.convert.tiny_checkpoints import make_head, make_tokenizer
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.probe.gradients import Place, overfit, patch_gradient, put_back, with_reference
 from pivot_megatron.probe.model_input import ModelInput
@@ -24,7 +26,7 @@ from pivot_megatron.probe.questions import read_questions
 from pivot_megatron.recipe.answers import ExportedModel
 from tests.harness import Workers
 from tests.parity.encoders import make
-from tests.parity.reference import make_checkpoints, relative_difference
+from tests.parity.reference import CORPUS, make_checkpoints, relative_difference
 
 QUESTION, ANSWERS = "what colour is the circle", ("the circle is red", "two squares")
 END = "<|im_end|>"
@@ -130,9 +132,9 @@ def test_gradients_are_llavas(family: str, kind: str, at: Place, steps: int, wor
     assert relative_difference(found, expected) <= (1e-4 if steps else 1e-5)
 
 
-def planted(checkpoint: Path, out: Path) -> None:
-    """A worker's job: in the model that is written to `out`, a patch tells the projector nothing but how red it is, and patches
-    that are not red stop at its activation."""
+def planted(checkpoint: Path, out: Path, reader: str) -> None:
+    """A worker's job: in the model that is written to `out`, a patch tells nothing but how red it is. With the projector as its
+    `reader`, patches that are not red stop at its activation; else all pass, and the first channel of each is its redness."""
     description = describe(checkpoint)
     with trained_model(checkpoint) as stage, torch.no_grad():
         model = stage.whole
@@ -157,29 +159,61 @@ def planted(checkpoint: Path, out: Path) -> None:
             patches.weight[0, 0] = 1 / edge**2
         else:  # a patch's pixels one after another, of three channels each
             patches.weight[0, 0::3] = 1 / edge**2
-        gate = model.projector.encoder.linear_fc1
-        gate.weight.zero_()
-        gate.weight[:, 0] = 20.0
-        gate.bias.fill_(-10.0)
+        one, two = model.projector.encoder.linear_fc1, model.projector.encoder.linear_fc2
+        one.weight.zero_()
+        if reader == "projector":
+            one.weight[:, 0], one.bias[:] = 20.0, -10.0
+        else:
+            one.weight[:, 0], one.bias[:] = 1.0, 10.0  # far up where the activation is a line
+            two.weight[0] = 1 / two.weight.shape[1]
+            two.bias[0] = 0.0
+            two.bias -= 10.0 * two.weight.sum(dim=1)
         save_weights(stage, out, description)
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip2", "clip", "dinov2"])
-def test_a_planted_patch_is_found(family: str, workers: Workers, tmp_path: Path) -> None:
-    """Of 4 x 4 patches (siglip2: at the image's own aspect ratio) one is red; the map is 1 there, 0 elsewhere."""
+def reading_head(folder: Path) -> Path:
+    """A head of one layer that attends to the token whose first channel is highest, wherever it stands: of words that is zero."""
+    make_head(
+        folder, make_tokenizer(CORPUS, 300), hidden_size=64, layers=1, heads=4, kv_heads=2, ffn=128, tied=False, seed=2
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 0.0
+    layer = "model.layers.0.self_attn."
+    for name in ("q_proj", "k_proj"):
+        tensors[f"{layer}{name}.weight"].zero_(), tensors[f"{layer}{name}.bias"].zero_()
+    slowest = 16 // 2 - 1  # of a head's channels, the one that positions hardly turn
+    tensors[f"{layer}q_proj.bias"][slowest::16] = 20.0
+    tensors[f"{layer}k_proj.weight"][slowest::16, 0] = 20.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "reader", "at"),
+    [
+        ("siglip", "projector", "input"),
+        ("siglip2", "projector", "input"),
+        ("clip", "projector", "input"),
+        ("dinov2", "projector", "input"),
+        ("siglip", "head", "input"),
+        ("siglip2", "head", "output"),
+    ],
+)
+def test_a_planted_patch_is_found(family: str, reader: str, at: Place, workers: Workers, tmp_path: Path) -> None:
+    """One patch of 4 x 4 (siglip2: of the image's own aspect ratio) is red and alone read; the map is 1 there, 0 elsewhere."""
     checkpoint, whole = tmp_path / "checkpoint", tmp_path / "planted"
-    import_checkpoint(make(family, tmp_path / family), make_checkpoints(tmp_path / "head")[1], checkpoint, None, seed=5)
-    workers.run(planted, None, 1, checkpoint, whole)
+    head = reading_head(tmp_path / "head") if reader == "head" else make_checkpoints(tmp_path / "head")[1]
+    import_checkpoint(make(family, tmp_path / family), head, checkpoint, None, seed=5)
+    workers.run(planted, None, 1, checkpoint, whole, reader)
     pixels = np.zeros((60, 90, 3), np.uint8)
-    samples = write_question(tmp_path, pixels)
-    grid = ModelInput.of(whole).grid(read_questions(samples)[0])
+    grid = ModelInput.of(whole).grid(read_questions(write_question(tmp_path, pixels))[0])
     row, column = 1, grid.columns - 2
     left, top = round(column * grid.width), round(row * grid.height)
     right, bottom = round((column + 1) * grid.width), round((row + 1) * grid.height)
     pixels[top:bottom, left:right, 0] = 255
-    samples = write_question(tmp_path, pixels, box=[left, top, right, bottom])
-    out = tmp_path / "out"
-    assert main(["probe", "gradcam", str(whole), "--samples", str(samples), "--out", str(out), "--steps", "3"]) == 0
+    samples, out = write_question(tmp_path, pixels, box=[left, top, right, bottom]), tmp_path / "out"
+    words = ["--samples", samples, "--out", out, "--steps", 3, "--at", at]
+    assert main(["probe", "gradcam", *map(str, [whole, *words])]) == 0
     inner = np.zeros((grid.rows - 2, grid.columns - 2))
     inner[row - 1, column - 1] = 1.0
     found = np.load(out / "maps" / "0001-1.npy")

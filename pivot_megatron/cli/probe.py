@@ -1,4 +1,4 @@
-"""`pivot probe`: how much an encoder sees."""
+"""`pivot probe`: what an encoder sees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pivot_megatron.cli.verbs import Groups, Verb
 
 
 def add(verb: Verb, verbs: Groups) -> None:
-    group = verbs.add_parser("probe", help="how much an encoder sees").add_subparsers(required=True, metavar="WHAT")
+    group = verbs.add_parser("probe", help="what an encoder sees").add_subparsers(required=True, metavar="WHAT")
     p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
     p.add_argument(
         "encoders",
@@ -64,6 +64,33 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
     p.add_argument("--json", action="store_true")
+    p = verb("gradcam", _gradcam, "where a preference's gradient falls on an image, model beside model", group)
+    p.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="checkpoint or run; the first is what the others are held against",
+    )
+    p.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        help="JSON lines with image, question, chosen, rejected and, in pixels, box; or a folder of shards of pairs",
+    )
+    p.add_argument("--count", type=int, help="samples, the first there are (default: all)")
+    p.add_argument(
+        "--objective",
+        choices=("dpo", "sft"),
+        nargs="+",
+        default=["dpo"],
+        help="one, or both side by side (default: dpo)",
+    )
+    p.add_argument("--steps", type=int, default=20, help="of overfitting to each sample first (default: 20)")
+    p.add_argument("--rate", type=float, default=1e-5, help="of learning in those steps (default: 1e-5)")
+    p.add_argument("--at", choices=("input", "output"), default="input", help="side of the projector (default: input)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe-gradcam"), help="default: runs/probe-gradcam")
+    p.add_argument("--json", action="store_true")
     p = verb("vqa", _vqa, "the paper's table of 16 benchmarks, from lmms-eval's results", group)
     p.add_argument(
         "results",
@@ -94,6 +121,14 @@ def _alignment(args: argparse.Namespace) -> int:
 
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
     return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+
+
+def _gradcam(args: argparse.Namespace) -> int:
+    from pivot_megatron.probe.gradcam import gradcam_models
+    from pivot_megatron.probe.gradcam_report import GradcamSettings
+
+    settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
+    return _told(args, "gradcam", gradcam_models(args.models, settings, args.out, _say))
 
 
 def _vqa(args: argparse.Namespace) -> int:

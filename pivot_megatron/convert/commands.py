@@ -37,6 +37,7 @@ from pivot_megatron.convert.store import (
     Description,
     content_metadata,
     describe,
+    load_weights,
 )
 from pivot_megatron.convert.stream import CheckpointParameters, write_parameters
 from pivot_megatron.errors import UserError
@@ -57,6 +58,17 @@ def whole_model(description: Description) -> Iterator[Stage]:
     require_fit(arch, Layout())
     with process_groups(Layout(), seed=0):
         yield build_model(arch, Layout(), Precision("fp32"), Recompute())
+
+
+@contextmanager
+def trained_model(path: Path) -> Iterator[Stage]:
+    """The whole model of a checkpoint, or of a run's newest, in this process, fp32."""
+    checkpoint = resolve_checkpoint(path)
+    with whole_model(describe(checkpoint)) as model:
+        for component in COMPONENTS:
+            load_weights(model, checkpoint, component)
+        model.eval()
+        yield model
 
 
 def import_checkpoint(

@@ -20,6 +20,15 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def finite(self) -> bool:
+        """False of what was measured once alone: it could be anything."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def as_record(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity."""
+        return {"low": self.low, "high": self.high} if self.finite else {"low": None, "high": None}
+
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
@@ -91,5 +100,7 @@ def crossed_mean(values: npt.NDArray[np.float64]) -> tuple[float, Interval]:
 def change_text(mean: float, interval: Interval) -> str:
     """A difference of two fractions and its interval, in per cent, that says plainly where zero lies inside."""
     told = f"{100 * mean:+.2f}"
+    if not interval.finite:
+        return f"{told} (a single value: no interval)"
     inside = ", inside the noise" if 0.0 in interval else ""
     return f"{told} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f}{inside})"

@@ -51,11 +51,11 @@ def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:
 def as_records(scores: Sequence[Score]) -> dict[str, list[dict[str, Any]]]:
     """`scores`, and of those after the first `against_the_first`."""
     records = [
-        {"encoder": score.encoder, "mean": score.mean, "interval": asdict(score.interval), **score.record}
+        {"encoder": score.encoder, "mean": score.mean, "interval": score.interval.as_record(), **score.record}
         for score in scores
     ]
     against = [
-        {"encoder": score.encoder, "difference": mean, "interval": asdict(interval)}
+        {"encoder": score.encoder, "difference": mean, "interval": interval.as_record()}
         for score, (mean, interval) in zip(scores[1:], against_first(scores), strict=True)
     ]
     return {"scores": records, "against_the_first": against}
@@ -68,9 +68,8 @@ def as_table(measure: str, scores: Sequence[Score]) -> str:
     rows = [heads]
     for score, change in zip(scores, changes, strict=True):
         low, high = 100 * max(score.interval.low, 0.0), 100 * min(score.interval.high, 1.0)
-        rows.append(
-            [score.encoder, f"{100 * score.mean:.2f}", f"{low:.2f} - {high:.2f}", *score.columns.values(), change]
-        )
+        interval = f"{low:.2f} - {high:.2f}" if score.interval.finite else "none"
+        rows.append([score.encoder, f"{100 * score.mean:.2f}", interval, *score.columns.values(), change])
     return aligned(rows, left=(0, len(heads) - 1))
 
 

@@ -121,7 +121,7 @@ class VqaReport:
         first, found = self.models[0].results, {}
         for name in first.keys() & model.results.keys():
             points, interval = change(first[name], model.results[name])
-            found[name] = {"points": points, "interval": asdict(interval) if interval else None}
+            found[name] = {"points": points, "interval": interval.as_record() if interval else None}
         return {"model": label, "scores": {name: found[name] for name in self.suite.benchmarks if name in found}}
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pivot_megatron.probe.interval import Interval, change_text
+from pivot_megatron.probe.table import aligned
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,7 @@ def as_table(results: Sequence[PhaseResult]) -> str:
         "against the phase's start",
     )
     rows = [heads, *(_row(result) for result in results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = (0, 1, 2, len(heads) - 1)
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if n in left else text.rjust(width)
-            for n, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left=(0, 1, 2, len(heads) - 1))
 
 
 def _row(result: PhaseResult) -> tuple[str, ...]:

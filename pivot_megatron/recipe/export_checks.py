@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
-from pivot_megatron.convert.commands import export_checkpoint, whole_model
+from pivot_megatron.convert.commands import export_checkpoint, trained_model
 from pivot_megatron.convert.hf import HfTensors
-from pivot_megatron.convert.plan import COMPONENTS
-from pivot_megatron.convert.store import describe, load_weights
+from pivot_megatron.convert.store import describe
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.data.chat import qwen_1_5
 from pivot_megatron.data.images import ImageTransform
@@ -81,17 +79,6 @@ def check_model(
     changed, unchanged = count_changed(folder, starts)
     difference = float((ours - theirs).abs().max())
     return ExportCheck(name, str(folder), not exported.incomplete, difference, len(unchanged), len(changed))
-
-
-@contextmanager
-def trained_model(run: Path) -> Iterator[Stage]:
-    """The whole model of a run's newest checkpoint, in this process, float32."""
-    checkpoint = resolve_checkpoint(run)
-    with whole_model(describe(checkpoint)) as model:
-        for component in COMPONENTS:
-            load_weights(model, checkpoint, component)
-        model.eval()
-        yield model
 
 
 def trained_logprobs(model: Stage, run: Path, pairs: Sequence[HeldOut]) -> list[tuple[float, float]]:

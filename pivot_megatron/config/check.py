@@ -29,6 +29,8 @@ def _components(config: RunConfig) -> Iterator[str]:
         ("projector", model.projector, False),
     ):
         yield from _component(name, component, needed)
+    if model.projector.keep != "both" and model.projector.checkpoint is None:
+        yield "model.projector.keep: expected a checkpoint: whose first linear is kept, found none"
     if model.encoder.feature_layer is not None and model.encoder.feature_layer >= 0:
         yield (
             f"model.encoder.feature_layer: counts from the end, so it must be negative (-2 is the last layer but one), "

@@ -50,6 +50,7 @@ _MEANINGS: Mapping[str, str] = {
     "Component.hf": "a Hugging Face folder: config and safetensors",
     "Component.checkpoint": "a run's folder (its newest checkpoint), or one checkpoint",
     "Component.fresh": "a Hugging Face folder whose config alone is used; weights are drawn from `seed`",
+    "Projector.keep": "which of its linears a checkpoint gives; with `first` the second starts fresh",
     "Encoder.feature_layer": "index into `hidden_states` from the end; left out, the family's: -2 for SigLIP and CLIP, else -1",
     "Encoder.image_size": "pixels a side, where it is not the checkpoint's own; position embeddings are interpolated",
     "Encoder.max_patches": "most patches an image, where an encoder keeps aspect ratios; left out, its image processor's own",

@@ -49,6 +49,15 @@ class Encoder(Component):
 
 
 @dataclass(frozen=True)
+class Projector(Component):
+    """`keep`: which of its two linears a `checkpoint` gives. With `first` the second starts fresh: the paper's "1+1" projector,
+    whose first linear a rule for `projector.encoder.linear_fc1.*` then freezes.
+    """
+
+    keep: Literal["both", "first"] = "both"
+
+
+@dataclass(frozen=True)
 class AnyRes(Strict):
     """Each image as one square and, laid on the grid of squares that suits its shape best, as tiles (LLaVA-OneVision): black bars
     are left out of what the language model sees, and an embedding of its own ends each row of patches.
@@ -72,7 +81,7 @@ class Model(Strict):
 
     encoder: Encoder
     llm: Component
-    projector: Component = field(default_factory=Component)
+    projector: Projector = field(default_factory=Projector)
     anyres: AnyRes | None = None
 
     @property

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
-from pivot_megatron.config.schema import Component, Model
+from pivot_megatron.config.schema import Component, Model, Projector
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.plan import COMPONENTS
 
@@ -24,7 +24,9 @@ def model_fingerprint(start: Model, seed: int) -> dict[str, str]:
 
 def _component(component: Component, seed: int) -> str:
     if component.checkpoint is not None:
-        return str(read_json(resolve_checkpoint(component.checkpoint) / "model.json")["id"])
+        found = str(read_json(resolve_checkpoint(component.checkpoint) / "model.json")["id"])
+        part = isinstance(component, Projector) and component.keep == "first"
+        return f"{found}, its first linear, and fresh {seed}" if part else found
     if component.hf is not None:
         return folder_fingerprint(component.hf)
     config = json.dumps(read_json(component.fresh / "config.json"), sort_keys=True) if component.fresh else ""

@@ -12,6 +12,7 @@ from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.schema import Model, ParameterRule
 from pivot_megatron.convert.load import FreshParts, hf_source
 from pivot_megatron.convert.plan import COMPONENTS, Slice, component_rows, join, part_shapes
+from pivot_megatron.convert.start import fresh_parameters
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import RunError
@@ -59,13 +60,13 @@ def _begun(
     source, fresh = getattr(start, component), FreshParts(part_shapes(arch, component), seed)
     if source.checkpoint is not None:
         before = resolve_checkpoint(source.checkpoint)
-        there = {row.megatron for row in component_rows(describe(before).architecture(), component)}
+        drawn = fresh_parameters(start, before, arch) if component == "projector" else []
         parameters = CheckpointParameters(before / "tensors")
         for row in rows:
-            if row.megatron in there:
-                yield join(row.transform, [parameters.read(f"{component}.{row.megatron}")])
-            else:  # the newline of tiles, which may follow upon squares
+            if (name := f"{component}.{row.megatron}") in drawn:
                 yield [fresh.read(part, Slice()) for part in row.hf]
+            else:
+                yield join(row.transform, [parameters.read(name)])
         return
     parts = hf_source(arch, component, source.hf) if source.hf is not None else fresh
     for row in rows:

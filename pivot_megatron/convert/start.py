@@ -16,7 +16,9 @@ from pivot_megatron.convert.store import Description, describe, load_weights
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import differences
 from pivot_megatron.families.registry import encoder_architecture
-from pivot_megatron.model.composition import Stage
+from pivot_megatron.model.composition import Architecture, Stage
+
+SECOND_LINEAR = "projector.encoder.linear_fc2."
 
 
 def _hf_folder(component: Component, name: str) -> Path:
@@ -87,7 +89,10 @@ def start_weights(model: Stage, start: Model, seed: int) -> None:
         if component.checkpoint is not None:
             checkpoint = resolve_checkpoint(component.checkpoint)
             _check_fits(model, checkpoint, name)
-            load_weights(model, checkpoint, name, leave=_draw_newline(model, checkpoint, name, seed))
+            fresh = fresh_parameters(start, checkpoint, model.arch) if name == "projector" else []
+            if fresh:
+                load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
+            load_weights(model, checkpoint, name, leave=fresh)
         elif component.hf is not None:
             load_component(model, name, hf_source(model.arch, name, component.hf))
         else:
@@ -99,12 +104,13 @@ def start_weights(model: Stage, start: Model, seed: int) -> None:
             load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
 
 
-def _draw_newline(model: Stage, checkpoint: Path, name: str, seed: int) -> list[str]:
-    """Tiles may follow upon a projector that was trained on squares, which has no newline yet: names what started fresh."""
-    if name != "projector" or model.arch.anyres is None or describe(checkpoint).anyres is not None:
-        return []
-    load_component(model, name, FreshParts(part_shapes(model.arch, name), seed))
-    return ["projector.image_newline"]
+def fresh_parameters(start: Model, checkpoint: Path, arch: Architecture) -> list[str]:
+    """The projector's parameters that `checkpoint`, which it starts from, does not give: the second linear where the first alone
+    is kept, and the newline of tiles where it was trained on squares."""
+    found = [f"{SECOND_LINEAR}{kind}" for kind in ("weight", "bias")] if start.projector.keep == "first" else []
+    if arch.anyres is not None and describe(checkpoint).anyres is None:
+        found.append("projector.image_newline")
+    return found
 
 
 def _check_fits(model: Stage, checkpoint: Path, name: str) -> None:

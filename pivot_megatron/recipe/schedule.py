@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from pivot_megatron.config.explain import explain
 from pivot_megatron.config.load import ConfigErrors, overridden, read_tree
-from pivot_megatron.config.schema import Component, Encoder, Strict
+from pivot_megatron.config.schema import Component, Encoder, Projector, Strict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("features", "phases")
@@ -59,7 +59,7 @@ class Schedule(Strict):
     out: Path
     encoder: Encoder
     phases: tuple[PhaseSpec, ...]
-    projector: Component = field(default_factory=Component)
+    projector: Projector = field(default_factory=Projector)
     probe: LinearProbe | None = None
     every: Mapping[str, Any] = field(default_factory=dict)
 

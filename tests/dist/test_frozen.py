@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout, ParameterRule
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names, require_frozen
+from pivot_megatron.convert.load import FreshParts
+from pivot_megatron.convert.plan import Slice, part_shapes
 from pivot_megatron.convert.store import describe
+from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import RunError
 from tests import matrix
 from tests.dist.runs import config_tree, make_world, train_at, write_config
@@ -65,6 +69,34 @@ def test_only_what_trains_changes(layout, world, compute: str, data: Path, tmp_p
     changed = changed_parameters(resolve_checkpoint(second.out), second.model, second.seed, set(every))
     assert changed and not [name for name in changed if name.startswith("encoder.")]
     assert {name.split(".")[0] for name in changed} == {"projector", "llm"}
+
+
+@matrix.layouts(matrix.TP2, matrix.PP2)
+def test_one_plus_one(layout, world, data: Path, tmp_path: Path, workers: Workers) -> None:
+    """The first linear of a trained projector, frozen, and a new second one, the same at every layout."""
+    file = config(data, tmp_path / "a", FREEZE)
+    workers.run(train_at, None, world, file, layout)
+    first = load_config(file)
+    kept = {"checkpoint": str(first.out), "keep": "first"}
+    model = {"encoder": {"checkpoint": str(first.out)}, "llm": {"hf": str(data / "llm")}, "projector": kept}
+    rules = [*FREEZE, {"match": "projector.encoder.linear_fc1.*", "rate": "frozen"}]
+    second = load_config(config(data, tmp_path / "b", rules, model=model))
+    workers.run(train_at, None, world, tmp_path / "b" / "run.yaml", layout)
+    checkpoint = resolve_checkpoint(second.out)
+    every = frozen_names(describe(checkpoint).architecture(), [ParameterRule("projector.*", "frozen")])
+    changed = changed_parameters(checkpoint, second.model, second.seed, set(every))
+    linears = [name for name in every if "linear_fc" in name]
+    assert changed == [name for name in linears if "linear_fc2" in name]
+    ours, theirs = (CheckpointParameters(resolve_checkpoint(run.out) / "tensors") for run in (second, first))
+    same = {name: torch.equal(ours.read(name), theirs.read(name)) for name in linears}
+    assert same == {name: "linear_fc1" in name for name in linears}
+
+    before = load_config(config(data, tmp_path / "c", rules, model=model, optimizer={"learning_rate": 1e-30}))
+    workers.run(train_at, None, world, tmp_path / "c" / "run.yaml", layout)  # what it begins with, as good as unmoved
+    begun = CheckpointParameters(resolve_checkpoint(before.out) / "tensors")
+    shapes = part_shapes(describe(checkpoint).architecture(), "projector")
+    drawn = FreshParts(shapes, before.seed).read("multi_modal_projector.linear_2.weight", Slice())
+    torch.testing.assert_close(begun.read("projector.encoder.linear_fc2.weight"), drawn, atol=1e-12, rtol=0)
 
 
 def test_what_did_not_stay_is_named(data: Path, tmp_path: Path, workers: Workers) -> None:

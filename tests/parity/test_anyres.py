@@ -26,7 +26,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.processing_utils import VideosKwargs
 
-from pivot_megatron.config.schema import AnyRes, Component, Encoder, Layout, Model, Sft
+from pivot_megatron.config.schema import AnyRes, Component, Encoder, Layout, Model, Projector, Sft
 from pivot_megatron.convert.assembled import spellings_in
 from pivot_megatron.convert.commands import export_checkpoint, import_assembled, import_checkpoint
 from pivot_megatron.convert.plan import COMPONENTS, component_rows
@@ -232,7 +232,8 @@ def test_tokens_of_a_true_size_are_as_many_as_the_readme_says() -> None:
 def test_tiles_may_follow_upon_squares(folders: tuple[Path, Path], tmp_path: Path, workers: Workers) -> None:
     """A projector that was trained on squares has no newline yet; one that has, brings its tiles with it."""
     import_checkpoint(*folders, tmp_path / "squares", None, 5)
-    parts: dict[str, Any] = {name: Component(checkpoint=tmp_path / "squares") for name in ("llm", "projector")}
+    squares = tmp_path / "squares"
+    parts: dict[str, Any] = {"llm": Component(checkpoint=squares), "projector": Projector(checkpoint=squares)}
     start = Model(encoder=Encoder(checkpoint=tmp_path / "squares"), **parts, anyres=TILES)
     (weights,) = workers.run(jobs.started, Layout(), 1, start)
     before = workers.run(jobs.loaded_checkpoint, Layout(), 1, tmp_path / "squares")[0]
@@ -240,7 +241,7 @@ def test_tiles_may_follow_upon_squares(folders: tuple[Path, Path], tmp_path: Pat
     assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
     workers.run(jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "tiles", TILES)
     tiles = Model(
-        encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1]), projector=Component(checkpoint=tmp_path / "tiles")
+        encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1]), projector=Projector(checkpoint=tmp_path / "tiles")
     )
     assert describe_start(tiles).anyres == TILES
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
-from pivot_megatron.config.schema import Component
+from pivot_megatron.config.schema import Component, Projector
 from pivot_megatron.config.shipped import shipped_config
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.recipe.phase_runs import Phase, phases_of
@@ -82,8 +82,8 @@ def test_phases_hand_on_what_fits(models: Path, tmp_path: Path) -> None:
     assert starts[0].encoder.hf == models / "encoder"
     assert [start.encoder.checkpoint for start in starts[1:]] == [run.checkpoint for run in runs[:-1]]
     assert [start.llm for start in starts] == [heads["a"], runs[0], heads["b"], runs[2], heads["c"]]
-    nothing = Component()
-    assert [start.projector for start in starts] == [nothing, runs[0], nothing, runs[2], runs[3]]
+    nothing, handed_on = Projector(), [Projector(checkpoint=run.checkpoint) for run in runs]
+    assert [start.projector for start in starts] == [nothing, handed_on[0], nothing, handed_on[2], handed_on[3]]
     assert [phase.projector for phase in phases] == [False, True, False, True, True]
     assert [phase.config.seed for phase in phases] == [5, 5, 5, 5, 6]
     assert [phase.config.batch.steps for phase in phases] == [5, 5, 5, 9, 5]
@@ -101,7 +101,7 @@ def test_overrides_and_a_start_from_checkpoints(models: Path, tmp_path: Path) ->
     schedule = tree(models, tmp_path / "out") | {"projector": {"checkpoint": "runs/1b"}}
     first, *_ = resolved(tmp_path, schedule, "every.batch.micro_tokens=512", "phases.0.run.objective={kind: dpo}")
     assert first.config.batch.micro_tokens == 512 and first.config.objective.kind == "dpo" and first.projector
-    assert first.config.model.projector == Component(checkpoint=Path("runs/1b"))
+    assert first.config.model.projector == Projector(checkpoint=Path("runs/1b"))
 
 
 WRONG: dict[str, tuple[list[str], str]] = {

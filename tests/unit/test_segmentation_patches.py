@@ -94,21 +94,26 @@ def means_of_patches(pixels: torch.Tensor, patch: int, grid: tuple[int, int]) ->
     return cut.mean(dim=(2, 4)).permute(1, 2, 0).reshape(-1, 3)
 
 
-def test_sets_hold_features_and_classes_of_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In files of three images, of SigLIP2, whose patches are more for one image than for another."""
+@pytest.mark.parametrize(("family", "covered"), [("siglip2", 1.0), ("uneven", 40 / 46)])
+def test_sets_hold_features_and_classes_of_every_image(
+    family: str, covered: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files of three images; of SigLIP2, whose patches are more for one image than for another, and where some pixels are in
+    none."""
     monkeypatch.setattr("pivot_megatron.probe.patch_set.IMAGES_A_FILE", 3)
     monkeypatch.setattr(patch_files, "IMAGES_A_FILE", 3)
     some = pairs(8, seed=4)
     images = MaskedImages.opened(write_folder(tmp_path, "train", some))
     told: list[str] = []
-    with opened(make("siglip2", tmp_path / "encoder")) as encoder:
+    with opened(made(family, tmp_path / "encoder")) as encoder:
         (found,) = patch_sets(encoder, [("train", images)], 9, 2, tmp_path / "cache", told.append)
         (again,) = patch_sets(encoder, [("train", images)], 9, 2, tmp_path / "cache", told.append)
         (in_memory,) = patch_sets(encoder, [("train", images)], 9, 5)
         expected = encoder.patches([(name, images.read(n)) for n, name in enumerate(images.names)])
         views, patch = encoder.views, encoder.arch.patch_size
     assert len(found) == 8 and len(found.features) == 3 and found.present.tolist() == [0, 1, 2, 3]
-    assert len({len(one) for one in expected}) > 1
+    assert (len({len(one) for one in expected}) > 1) == (family == "siglip2")
+    assert set(found.covered) == {(covered, covered)}
     assert all(isinstance(one, np.memmap) for one in (*found.features, *again.targets))
     assert sum("of 8 images" in one for one in told) == 5  # two of each file of three; the second time there are none
     size = sum(one.nbytes for one in found.features) / 2**30

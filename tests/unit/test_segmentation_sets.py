@@ -36,6 +36,10 @@ def test_a_folder_whole_or_a_split_of_it(tmp_path: Path) -> None:
     assert whole.fingerprint != MaskedImages.opened(tmp_path).fingerprint
 
 
+def test_the_last_folder_of_images_on_the_way_is_meant(tmp_path: Path) -> None:
+    assert contents(MaskedImages.opened(write_folder(tmp_path / "images" / "ade", "training", SOME))) == SOME
+
+
 @pytest.mark.parametrize("column", ["annotation", "mask", "label"])
 def test_parquet_by_row_groups(column: str, tmp_path: Path) -> None:
     """As the hub has data sets: both splits in one folder."""

@@ -64,6 +64,35 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
     p.add_argument("--json", action="store_true")
+    p = verb(
+        "segmentation", _segmentation, "which classes each patch shows, by a small head over patch features", group
+    )
+    p.add_argument(
+        "encoders",
+        type=Path,
+        nargs="+",
+        metavar="ENCODER",
+        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
+    )
+    p.add_argument(
+        "--train",
+        type=Path,
+        required=True,
+        help="folder of images/ and annotations/; folder within such an images/; or folder, or quoted pattern, of parquet",
+    )
+    p.add_argument("--test", type=Path, required=True, help="the same, of the same classes and other images")
+    p.add_argument("--classes", type=int, default=151, help="values of masks, from 0 on (default: 151, ADE20K's)")
+    p.add_argument("--epochs", type=int, default=5, help="of training a head (default: 5)")
+    p.add_argument("--seeds", type=int, default=6, help="heads that are trained for each encoder (default: 6)")
+    p.add_argument("--seed", type=int, default=777, help="of the first head (default: 777)")
+    p.add_argument(
+        "--feature-layer",
+        type=int,
+        help="hidden_states index, from the original encoder's end (default: as training takes it)",
+    )
+    p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe-segmentation"), help="default: runs/probe-segmentation")
+    p.add_argument("--json", action="store_true")
     p = verb("gradcam", _gradcam, "where a preference's gradient falls on an image, model beside model", group)
     p.add_argument(
         "models",
@@ -121,6 +150,18 @@ def _alignment(args: argparse.Namespace) -> int:
 
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
     return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+
+
+def _segmentation(args: argparse.Namespace) -> int:
+    from pivot_megatron.probe.segment import SegmentationSettings, segment_encoders
+
+    settings = SegmentationSettings(
+        args.train, args.test, args.classes, args.epochs, args.seeds, args.seed, args.feature_layer, args.batch
+    )
+    found = segment_encoders(args.encoders, settings, args.out / "features", _say)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.picture.save(args.out / "segmentation.png")
+    return _told(args, "segmentation", found)
 
 
 def _gradcam(args: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ The settings come from the encoder's own `preprocessor_config.json`, so that pix
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ _PILLOW_MAJOR = int(PIL.__version__.partition(".")[0])
 _MODES: Mapping[int, str] = {2: "bilinear", 3: "bicubic"}
 # torch's CUDA kernel holds a whole filter in shared memory, which is full where a side shrinks by some eighty times.
 _MOST_SHRINKING_ON_CUDA = 32
+_MASK_MODES = ("1", "L", "P", "I", "I;16")
 _STEPS_NOT_DONE = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting")
 
 
@@ -186,18 +188,33 @@ def _require_bounded(image: Image.Image) -> None:
 
 def decode_rgb(encoded: bytes) -> Image.Image:
     """Decode to an RGB image, transparency laid on white as transformers does. Raises ImageError."""
+    with _decoded(encoded) as image:
+        if image.mode.startswith("I;16"):  # what Pillow makes of 16 bits is white
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+        return image.convert("RGB")
+
+
+def decode_mask(encoded: bytes) -> npt.NDArray[np.uint16]:
+    """A PNG of one channel, as it stands: `[height, width]`, grey levels or indices into its palette. Raises ImageError."""
+    with _decoded(encoded) as image:
+        if image.format != "PNG" or image.mode not in _MASK_MODES:
+            raise ImageError(f"expected a PNG of one channel, found {image.format} of mode {image.mode}")
+        return np.asarray(image).astype(np.uint16)
+
+
+@contextmanager
+def _decoded(encoded: bytes) -> Iterator[Image.Image]:
+    """The image as it is stored. What the body raises is an ImageError too."""
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             _require_bounded(image)
             if image.format == "PNG":
                 _require_checksums(encoded)
             image.load()
-            if image.mode.startswith("I;16"):  # what Pillow makes of 16 bits is white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if "A" in image.getbands() or image.info.get("transparency") is not None:
-                rgba = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-            return image.convert("RGB")
+            yield image
     except ImageError:
         raise
     except Exception as error:

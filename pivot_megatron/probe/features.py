@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ from pivot_megatron.probe.kept import Features, kept
 
 Say = Callable[[str], None]
 IMAGES_A_FILE = 1024  # what an interrupted pass loses at most
+
+
+class Images(Protocol):
+    """`names`: for errors. `read`: an image's encoded bytes."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def read(self) -> Callable[[int], bytes]: ...
 
 
 def silent(_text: str) -> None:
@@ -41,7 +52,7 @@ def pooled_features(
         def work(part: Sequence[int] = part, done: int = first) -> Features:
             rows = [
                 normalize(torch.stack([patches.mean(dim=0) for patches in encoder.patches(some)]), dim=-1).cpu()
-                for some in _batches(images, part, batch, done, len(wanted), say)
+                for some in batches(images, part, batch, done, len(wanted), say)
             ]
             return torch.cat(rows).numpy()
 
@@ -56,16 +67,16 @@ def layer_features(
 
     def work() -> Features:
         wanted = range(len(images))
-        found = [encoder.layer_means(some).cpu() for some in _batches(images, wanted, batch, 0, len(wanted), say)]
+        found = [encoder.layer_means(some).cpu() for some in batches(images, wanted, batch, 0, len(wanted), say)]
         return torch.cat(found, dim=1).numpy()
 
     return torch.from_numpy(kept(work, cache, f"layers {encoder.fingerprint} {images.fingerprint}"))
 
 
-def _batches(
-    images: ImageSet | CaptionSet, wanted: Sequence[int], size: int, done: int, total: int, say: Say
+def batches(
+    images: Images, wanted: Sequence[int], size: int, done: int, total: int, say: Say
 ) -> Iterator[list[tuple[str, bytes]]]:
-    """`done` of `total` are there before."""
+    """(name, encoded image) of those `wanted`, `size` at once. `done` of `total` are there before."""
     for first in range(0, len(wanted), size):
         yield [(images.names[n], images.read(n)) for n in wanted[first : first + size]]
         say(f"{done + min(first + size, len(wanted))} of {total} images")

@@ -42,15 +42,22 @@ def image_file(path: Path, text: str) -> StoredImage:
 
 
 def tars_at(where: Path) -> list[Path]:
-    """The tars of a folder, or those that a pattern fits such as `imagenet/*-train-*.tar`, in order. Raises UserError where there
-    is no such folder, or nothing fits."""
+    """As `files_at`."""
+    return files_at(where, "tar", "tar")
+
+
+def files_at(where: Path, extension: str, kind: str) -> list[Path]:
+    """The files of a folder, or those that a pattern fits such as `imagenet/*-train-*.tar`, in order. `kind`: of files, for
+    errors. Raises UserError where there is no such folder, or nothing fits."""
     if where.is_dir():
-        return sorted(where.glob("*.tar"))
+        return sorted(where.glob(f"*.{extension}"))
     found = sorted(Path(name) for name in glob.glob(str(where)))  # noqa: PTH207  (an absolute pattern)
     if not found:
-        raise UserError(f"{where}: no such folder, and no tar that fits; give a folder, or a quoted pattern of tars")
+        raise UserError(
+            f"{where}: no such folder, and no {kind} that fits; give a folder, or a quoted pattern of {kind}s"
+        )
     if odd := [path for path in found if not path.is_file()]:
-        raise UserError(f"{where}: expected a pattern of tars, and {odd[0]} is none")
+        raise UserError(f"{where}: expected a pattern of {kind}s, and {odd[0]} is none")
     return found
 
 

@@ -96,15 +96,16 @@ def test_layers_are_counted_from_the_originals_end(encoder: Path, images: ImageS
         assert found.fingerprint != other.fingerprint  # they differ in the projector alone
 
 
-def test_what_is_kept_and_cannot_be_read_is_made_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_kept_and_cannot_be_read_is_made_anew(mapped: bool, tmp_path: Path) -> None:
     def made() -> np.ndarray:
         return np.ones((2, 3), np.float32)
 
     for content in (b"", b"not an array", None):
-        kept(made, tmp_path, "told")
+        assert isinstance(kept(made, tmp_path, "told", mapped), np.memmap) == mapped
         (file,) = tmp_path.iterdir()
         file.write_bytes(file.read_bytes()[:-5] if content is None else content)
-        np.testing.assert_array_equal(kept(made, tmp_path, "told"), made())
+        np.testing.assert_array_equal(kept(made, tmp_path, "told", mapped), made())
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 

@@ -33,6 +33,7 @@ EVERY_STAGE: Mapping[str, Any] = {
     "model.encoder.feature_layer": None,  # the family's own: SigLIP's last layer but one
     "model.encoder.image_size": None,  # the checkpoint's own: 384 pixels, 576 tokens
     "model.encoder.max_patches": None,
+    "model.projector.keep": "both",
     "optimizer.beta1": BETAS[0],
     "optimizer.beta2": BETAS[1],
     "optimizer.clip_gradient": CLIP,
@@ -85,8 +86,15 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     ),
     "3a_reassemble_align": stage("llava-558k", "plain", 1, SFT, **starts("2_dpo", HEAD, None)),
     "3b_reassemble_tune": stage("cambrian-737k", "qwen_1_5", 1, SFT, **starts(*["3a_reassemble_align"] * 3)),
+    # The appendix's "1+1" projector: the evolved one's first linear, frozen, and a new second one.
+    "3a_reassemble_align_1plus1": stage(
+        "llava-558k", "plain", 1, SFT, **starts("2_dpo", HEAD, "2_dpo"), **{"model.projector.keep": "first"}
+    ),
+    "3b_reassemble_tune_1plus1": stage(
+        "cambrian-737k", "qwen_1_5", 1, SFT, **starts(*["3a_reassemble_align_1plus1"] * 3)
+    ),
 }
-# Learning rates of encoder, projector and head; 0 stands still. The stage's own rate is the largest.
+# Learning rates of encoder, projector (its second linear) and head; 0 stands still. The stage's own rate is the largest.
 RATES = {
     "1a_align": (0.0, 1e-3, 0.0),
     "1b_pretrain": (2e-6, 1e-5, 1e-5),
@@ -95,6 +103,8 @@ RATES = {
     "2_mpo": (2e-7, 2e-7, 2e-7),
     "3a_reassemble_align": (0.0, 1e-3, 0.0),
     "3b_reassemble_tune": (0.0, 1e-5, 1e-5),
+    "3a_reassemble_align_1plus1": (0.0, 1e-3, 0.0),
+    "3b_reassemble_tune_1plus1": (0.0, 1e-5, 1e-5),
 }
 # What changes where and how fast a run computes, or what it keeps, and what the paper is silent about.
 NOT_THE_PAPERS = (
@@ -113,6 +123,7 @@ NOT_THE_PAPERS = (
     "objective.reference",  # frozen either way: the model that the run starts from
     "precision.*",
 )
+LINEARS = ("projector.encoder.linear_fc1.weight", "projector.encoder.linear_fc2.weight")
 COMPARED_AS_RATES = ("optimizer.learning_rate", "parameters", "parameters.*")
 
 
@@ -160,9 +171,16 @@ def test_a_stage_is_as_the_paper_has_it(name: str) -> None:
 @pytest.mark.parametrize("name", RATES)
 def test_what_trains_and_how_fast(name: str) -> None:
     config = load_config(RUNS / f"{name}.yaml")
-    parameters = ("encoder.decoder.layers.0.mlp.linear_fc1.weight", "projector.fc1.weight", "llm.output_layer.weight")
+    parameters = ("encoder.decoder.layers.0.mlp.linear_fc1.weight", LINEARS[1], "llm.output_layer.weight")
     assert tuple(rate(config, parameter) for parameter in parameters) == pytest.approx(RATES[name])
     assert config.optimizer.learning_rate == max(RATES[name])
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_first_linear_of_a_projector_stands_still_where_it_is_kept(name: str) -> None:
+    config = load_config(RUNS / f"{name}.yaml")
+    first, second = (rate(config, parameter) for parameter in LINEARS)
+    assert first == (0.0 if name.endswith("1plus1") else second)
 
 
 @pytest.mark.parametrize("other", ["2_sft", "2_mpo"])

@@ -120,6 +120,25 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--at", choices=("input", "output"), default="input", help="side of the projector (default: input)")
     p.add_argument("--out", type=Path, default=Path("runs/probe-gradcam"), help="default: runs/probe-gradcam")
     p.add_argument("--json", action="store_true")
+    p = verb(
+        "answers", _answers, "answers to held-out questions, and preferences between two, model beside model", group
+    )
+    p.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="assembled Hugging Face folder, checkpoint or run; the first is what the others are held against",
+    )
+    p.add_argument(
+        "--pairs",
+        type=Path,
+        required=True,
+        help="shards of pairs with image, task and label, as `pivot data synthetic` makes",
+    )
+    p.add_argument("--count", type=int, help="pairs, the first there are (default: all)")
+    p.add_argument("--out", type=Path, default=Path("runs/probe-answers"), help="default: runs/probe-answers")
+    p.add_argument("--json", action="store_true")
     p = verb("vqa", _vqa, "the paper's table of 16 benchmarks, from lmms-eval's results", group)
     p.add_argument(
         "results",
@@ -170,6 +189,12 @@ def _gradcam(args: argparse.Namespace) -> int:
 
     settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
     return _told(args, "gradcam", gradcam_models(args.models, settings, args.out, _say))
+
+
+def _answers(args: argparse.Namespace) -> int:
+    from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
+
+    return _told(args, "answers", ask_models(args.models, TaskSettings(args.pairs, args.count)))
 
 
 def _vqa(args: argparse.Namespace) -> int:

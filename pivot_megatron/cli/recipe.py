@@ -43,6 +43,9 @@ def add(verb: Verb) -> None:
     p.add_argument("--test", type=Path, required=True, help="the same, of the same classes and other images")
     p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
+    p.add_argument(
+        "--pairs", type=Path, help="held-out pairs that the whole models answer, as of `pivot probe answers`"
+    )
     p.add_argument("--processes", type=int, help="processes on this machine (default: one a GPU, or the layout's own)")
     p.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: runs/compare")
 
@@ -69,7 +72,9 @@ def _compare(args: argparse.Namespace) -> int:
 
         probe = LinearSettings(args.train, args.test, args.per_class, args.draws)
         counts = tuple(args.samples) if args.samples else (None,)
-        settings = CompareSettings(tuple(args.configs), tuple(args.changes), tuple(args.seeds), counts, probe, args.out)
+        settings = CompareSettings(
+            tuple(args.configs), tuple(args.changes), tuple(args.seeds), counts, probe, args.pairs, args.out
+        )
         compare(settings, args.processes, requests)
     return 0
 

@@ -10,31 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.convert.commands import export_checkpoint
+from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import Score
-from pivot_megatron.recipe.comparison import Compared, Member, as_json, as_text, members, variants
-from pivot_megatron.recipe.phases import Phases
-from pivot_megatron.recipe.run_once import StoppedError, run_once
+from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
+from pivot_megatron.recipe.run_once import StoppedError, recorded, run_once, write_run
+from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.run_folder import write_atomically
-
-START = "start"
-"""The encoder that every run began from, in tables."""
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """`counts`: of samples; None for all. `probe`: its seed is the first draw's, the same for every encoder."""
+    """`counts`: of samples; None for all. `probe`: its seed is the first draw's, the same for every encoder. `pairs`: held-out
+    ones that the whole models answer, too."""
 
     files: tuple[Path, ...]
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
     counts: tuple[int | None, ...]
     probe: LinearSettings
+    pairs: Path | None
     out: Path
 
 
@@ -47,49 +46,87 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
     every = members(configs, settings.seeds, settings.counts, settings.out)
-    phases = Phases(settings.out / "phases", len(every))
     for member in every:
+        write_run(member.name, member.config)
+    for n, member in enumerate(every):
+        print(f"compare: [{n + 1}/{len(every)}] {member.name}", file=sys.stderr, flush=True)
         try:
-            phases.run(member.name.replace(" ", "-"), partial(_train, member, processes, requests))
+            run_once(member.name, member.config, processes, requests)
         except StoppedError:
             print(f"compare: stopped in {member.name}, which has saved; the same command goes on", file=sys.stderr)
             return False
-    found = [_compared(settings, configs, [one for one in every if one.count == count]) for count in settings.counts]
+        if not member.encoder.exists():
+            export_checkpoint(member.config.out, "encoder", member.encoder, "drop", None)
+    found = []
+    for count in settings.counts:
+        runs = [one for one in every if one.count == count]
+        found.append(_encoders(settings, configs, runs))
+        if settings.pairs is not None:
+            found += _models(settings, settings.pairs, configs, runs)
     facts = {**vars(settings), "probe": vars(settings.probe)}
     write_atomically(settings.out / "compare.json", as_json(facts, found))
     print(as_text(found))
     return True
 
 
-def _train(member: Member, processes: int | None, requests: StopRequests) -> str:
-    """Its run to its end, and its encoder's export. Returns the export's folder."""
-    folder = member.config.out.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    file, encoder = folder / "run.yaml", folder / "encoder"
-    write_atomically(file, dump_config(member.config))
-    run_once(member.name, file, member.config, processes, requests)
-    if not encoder.exists():
-        export_checkpoint(member.config.out, "encoder", encoder, "drop", None)
-    return str(encoder)
-
-
-def _compared(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Compared:
-    """Of one count. One seed's encoders are probed beside one another, on the same draws for all seeds."""
+def _encoders(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Measured:
+    """Of one count, the share of the probe's draws that had each test image right. One seed's encoders are probed beside one
+    another, on the same draws for all seeds."""
     start = _start(next(iter(configs.values())))
     rows: dict[str, list[np.ndarray]] = {START: [], **{name: [] for name in configs}}
     for seed in settings.seeds:
-        encoders = {run.variant: run.config.out.parent / "encoder" for run in runs if run.seed == seed}
+        encoders = {run.variant: run.encoder for run in runs if run.seed == seed}
         report = probe_encoders(
             [start, *encoders.values()], settings.probe, settings.out / "features", partial(_say, f"seed {seed}")
         )
         for name, score in zip(rows, report.scores, strict=True):
             rows[name].append(score.values.mean(axis=0))
-    return Compared(runs[0].count, tuple(_score(name, np.stack(values)) for name, values in rows.items()))
+    return _measured(runs, "encoder's accuracy", rows)
 
 
-def _score(name: str, values: np.ndarray) -> Score:
-    """`values` `[seeds, test images]`."""
-    return Score(name, values, {}, {"seeds": values.mean(axis=1).tolist()})
+def _models(
+    settings: CompareSettings, pairs: Path, configs: Mapping[str, RunConfig], runs: Sequence[Member]
+) -> tuple[Measured, Measured]:
+    """Of one count, which answers are right and which pairs are ranked right. A model's answers are kept beside it, by pairs."""
+    asked = f"answers-{open_shards(pairs).fingerprint[:8]}.json"
+
+    def ask(model: Path, folder: Path) -> dict[str, list[float]]:
+        def answered() -> dict[str, list[float]]:
+            report = ask_models([model], TaskSettings(pairs))
+            scores = {"answers": report.answers(), "pairs": report.preferences()}
+            return {measure: found[0].values[0].tolist() for measure, found in scores.items()}
+
+        found: dict[str, list[float]] = recorded(folder / asked, answered)
+        return found
+
+    told = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
+    whole = _start_model(next(iter(configs.values())))
+    begun = None if whole is None else ask(whole, settings.out / START)
+
+    def measure(name: str) -> Measured:
+        rows: dict[str, list[np.ndarray]] = {}
+        if begun is not None:
+            rows[START] = [np.array(begun[name])] * len({run.seed for run in runs})
+        for run in runs:
+            rows.setdefault(run.variant, []).append(np.array(told[run.name][name]))
+        return _measured(runs, f"{name} right", rows)
+
+    return measure("answers"), measure("pairs")
+
+
+def _measured(runs: Sequence[Member], measure: str, rows: Mapping[str, Sequence[np.ndarray]]) -> Measured:
+    scores = []
+    for name, found in rows.items():
+        values = np.stack(found)  # [seeds, samples]
+        scores.append(Score(name, values, {}, {"seeds": values.mean(axis=1).tolist()}))
+    return Measured(runs[0].count, measure, tuple(scores))
+
+
+def _start_model(config: RunConfig) -> Path | None:
+    """The whole model that runs begin from; None where its parts are of several places."""
+    model = config.model
+    parts = {model.encoder.checkpoint, model.llm.checkpoint, model.projector.checkpoint}
+    return next(iter(parts)) if len(parts) == 1 else None
 
 
 def _start(config: RunConfig) -> Path:

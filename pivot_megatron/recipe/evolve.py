@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
-from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import ParameterRule, RunConfig
 from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
-from pivot_megatron.errors import RuleError, UserError
+from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
 from pivot_megatron.recipe.phase_runs import Phase
-from pivot_megatron.recipe.phases import Phases
-from pivot_megatron.recipe.run_once import StoppedError, run_once
+from pivot_megatron.recipe.run_once import StoppedError, begun, finished, recorded, run_once, write_run
 from pivot_megatron.recipe.schedule import LinearProbe, Schedule
 from pivot_megatron.requeue import StopRequests
-from pivot_megatron.train.checkpoint import decided_by, progress_of
-from pivot_megatron.train.run_folder import finished_path, read_metrics, write_atomically
+from pivot_megatron.train.checkpoint import progress_of
+from pivot_megatron.train.run_folder import read_metrics, write_atomically
 
 _LAST = 0.1  # of a run's steps, over which its loss is told
 
@@ -38,32 +36,32 @@ class Evolution:
     def __init__(self, schedule: Schedule, phases: Sequence[Phase]) -> None:
         self.schedule = schedule
         self.phases = phases
-        self._done = Phases(schedule.out / "phases", 2 * len(phases))
 
     def write_runs(self) -> list[Path]:
-        """A file a phase that `pivot train` takes. Raises UserError where a phase that has begun was of other settings."""
-        for phase in self.phases:
-            _require_same(phase)
-            phase.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(phase.run_file, dump_config(phase.config))
-            write_atomically(phase.folder / "decided.json", json.dumps(_decided(phase.config), indent=2) + "\n")
-        return [phase.run_file for phase in self.phases]
+        """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
+        one before it is not finished."""
+        for earlier, phase in pairwise(self.phases):
+            if begun(phase.config) and not finished(earlier.config):
+                raise UserError(
+                    f"phase {phase.name}: has begun, and {earlier.name} before it is not finished; remove {phase.folder} and the "
+                    "phases after it"
+                )
+        return [write_run(f"phase {phase.name}", phase.config) for phase in self.phases]
 
     def run(self, processes: int | None, requests: StopRequests) -> bool:
         """Every phase that is not finished, in `processes` on this machine (one a GPU, or the layout's own, where it is None).
         False where one was asked to stop, which has saved. Raises RuleError where an encoder has fallen past a phase's gate."""
         self.write_runs()
         results = []
-        for phase in self.phases:
+        for n, phase in enumerate(self.phases):
+            print(f"evolve: [{n + 1}/{len(self.phases)}] {phase.name}", file=sys.stderr, flush=True)
             try:
-                self._done.run(f"{phase.name} run", partial(_train, phase, processes, requests))
+                run_once(f"phase {phase.name}", phase.config, processes, requests)
             except StoppedError:
-                print(
-                    f"evolve: stopped in phase {phase.name}, which has saved; the same command goes on", file=sys.stderr
-                )
+                print(f"evolve: stopped in {phase.name}, which has saved; the same command goes on", file=sys.stderr)
                 return False
             results.append(self.judge(phase.name))
-            _tell(self.schedule, results)
+            write_atomically(self.schedule.out / "evolution.json", as_json(self.schedule.name, results))
             self.require_gate(results[-1])
         print(as_table(results))
         return True
@@ -71,8 +69,9 @@ class Evolution:
     def judge(self, name: str) -> PhaseResult:
         """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe."""
         phase = self._named(name)
-        found = self._done.run(f"{name} judged", lambda: asdict(self._judged(phase)))
-        return PhaseResult.from_json(found)
+        probe = json.dumps(asdict(self.schedule.probe), default=str) if self.schedule.probe is not None else "no probe"
+        file = phase.folder / f"judged-{hashlib.sha256(probe.encode()).hexdigest()[:8]}.json"
+        return PhaseResult.from_json(recorded(file, lambda: asdict(self._judged(phase))))
 
     def require_gate(self, result: PhaseResult) -> None:
         most = self._named(result.name).most_fallen
@@ -90,6 +89,7 @@ class Evolution:
 
     def _judged(self, phase: Phase) -> PhaseResult:
         checkpoint = _finished(phase)
+        head = describe(checkpoint).architecture().head
         before = self._encoder_before(phase)
         encoder = phase.encoder if _encoder_changed(checkpoint, phase.config) else None
         if encoder is not None and not encoder.exists():
@@ -99,12 +99,16 @@ class Evolution:
             _probed(probe, before, encoder, self.schedule.out) if probe is not None and encoder is not None else None
         )
         lines = [line for line in read_metrics(phase.config.out) if line["applied"]]
+        if not lines:
+            raise RunError(
+                f"phase {phase.name}: no step of its run was applied; see {phase.config.out / 'faults.jsonl'}"
+            )
         last = lines[-max(1, round(_LAST * len(lines))) :]
         margins = [line["reward_margin"] for line in last if line.get("reward_margin") is not None]
         return PhaseResult(
             phase.name,
             phase.config.objective.kind,
-            describe(checkpoint).architecture().head.family + f" {describe(checkpoint).architecture().head.hidden}",
+            f"{head.family} {head.hidden}",
             phase.projector,
             lines[-1]["step"],
             sum(line["pairs"] for line in lines),
@@ -124,15 +128,9 @@ class Evolution:
         return start.hf or start.checkpoint or Path()
 
 
-def _train(phase: Phase, processes: int | None, requests: StopRequests) -> str:
-    """Its run to its end. Returns its folder."""
-    run_once(f"phase {phase.name}", phase.run_file, phase.config, processes, requests)
-    return str(phase.config.out)
-
-
 def _finished(phase: Phase) -> Path:
     """The last checkpoint of a run that has made all its steps."""
-    if not finished_path(phase.config.out).exists():
+    if not finished(phase.config):
         raise UserError(
             f"phase {phase.name}: expected a finished run in {phase.config.out}; `pivot train {phase.run_file}` goes on"
         )
@@ -155,27 +153,3 @@ def _probed(probe: LinearProbe, before: Path, after: Path, out: Path) -> Probed:
     ((difference, interval),) = against_first(report.scores)
     score = report.scores[1]
     return Probed(score.mean, score.interval, difference, interval)
-
-
-def _decided(config: RunConfig) -> dict[str, Any]:
-    """What a phase's result follows from. The fingerprint of its samples is the run's own to hold."""
-    start = {name: str(component) for name, component in vars(config.model).items()}
-    return {**decided_by(config, str([source.folder for source in config.data.shards])), "model": start}
-
-
-def _require_same(phase: Phase) -> None:
-    """Raises UserError where a phase that has a checkpoint was begun with other settings than it has now."""
-    file = phase.folder / "decided.json"
-    if not file.exists() or not (phase.config.out / "checkpoints").exists():
-        return
-    before, now = json.loads(file.read_text()), json.loads(json.dumps(_decided(phase.config)))
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"phase {phase.name}: {key}: begun with {before.get(key)}, found {value}; restore it, or choose another out:, "
-                f"or remove {phase.folder} and the phases after it"
-            )
-
-
-def _tell(schedule: Schedule, results: Sequence[PhaseResult]) -> None:
-    write_atomically(schedule.out / "evolution.json", as_json(schedule.name, results))

@@ -1,23 +1,66 @@
-"""A run of several in a row: `pivot train` in processes of its own, to its end."""
+"""A run of several: written down, `pivot train` in processes of its own to its end, and found again by a later command."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
 from pivot_megatron.runtime.launch import default_processes, launch
+from pivot_megatron.train.checkpoint import decided_by
+from pivot_megatron.train.run_folder import finished_path, write_atomically
 
 
 class StoppedError(Exception):
     """A run was asked to stop, and has saved."""
 
 
-def run_once(name: str, file: Path, config: RunConfig, processes: int | None, requests: StopRequests) -> None:
-    """`pivot train FILE`, which goes on from the run's own checkpoints, in `processes` of this machine (None: one a GPU, or the
-    layout's own). `config`: what `file` holds. Raises StoppedError, and what its exit code stands for where it fails."""
+def begun(config: RunConfig) -> bool:
+    """Whether a run has left anything that it would go on from."""
+    return (config.out / "checkpoints").exists()
+
+
+def finished(config: RunConfig) -> bool:
+    return finished_path(config.out).exists()
+
+
+def write_run(name: str, config: RunConfig) -> Path:
+    """`run.yaml` beside the run's folder, which `pivot train` takes. Raises UserError where the run has begun with other
+    settings."""
+    folder = config.out.parent
+    file, decided = folder / "decided.json", as_decided(config)
+    if file.exists() and begun(config):
+        before = json.loads(file.read_text())
+        for key, value in decided.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{name}: {key}: begun with {before.get(key)}, found {value}; restore it, or remove {folder} and what came "
+                    "after it, or choose another folder"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(decided, indent=2) + "\n")
+    write_atomically(folder / "run.yaml", dump_config(config))
+    return folder / "run.yaml"
+
+
+def as_decided(config: RunConfig) -> dict[str, str]:
+    """What a run's result follows from, by config key. The fingerprint of its samples is the run's own to hold."""
+    start = {f"model.{name}": str(component) for name, component in vars(config.model).items()}
+    return {**decided_by(config, str([source.folder for source in config.data.shards])), **start}
+
+
+def run_once(name: str, config: RunConfig, processes: int | None, requests: StopRequests) -> None:
+    """A run that `write_run` wrote, to its end, where it is not finished; it goes on from its own checkpoints, in `processes` of
+    this machine (None: one a GPU, or the layout's own). Raises StoppedError, and what its exit code stands for where it fails."""
+    if finished(config):
+        return
     remove_mark(config.out)
+    file = config.out.parent / "run.yaml"
     if code := launch(processes or default_processes(config.layout), ["train", str(file)], requests):
         errors = {UserError.exit_code: UserError, RuleError.exit_code: RuleError}
         raise errors.get(code, RunError)(
@@ -25,3 +68,11 @@ def run_once(name: str, file: Path, config: RunConfig, processes: int | None, re
         )
     if mark_path(config.out).exists():
         raise StoppedError
+
+
+def recorded(file: Path, work: Callable[[], Any]) -> Any:
+    """What `work` returned, plain JSON, now or when `file` was written."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(work()))
+    return json.loads(file.read_text())

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from pivot_megatron.cli import main
+from pivot_megatron.data_prep.synthetic import write_pairs
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import run_once
-from pivot_megatron.recipe.comparison import Compared, as_text, members, variants
+from pivot_megatron.recipe.comparison import Measured, as_text, members, variants
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree
 from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
@@ -70,14 +71,18 @@ def test_the_command(
     monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers, stop_in=1))
     words = ["compare", str(write_run(world, tmp_path, "dpo")), "--set", "optimizer.learning_rate=1e-2"]
     words += ["--seeds", "1", "2", "--train", str(world / "train"), "--test", str(world / "test"), "--per-class", "8"]
-    words += ["--draws", "2", "--out", str(tmp_path / "out")]
+    write_pairs(tmp_path / "held_out", 6, seed=4, image_size=48, progress=False)
+    words += ["--draws", "2", "--out", str(tmp_path / "out"), "--pairs", str(tmp_path / "held_out")]
     assert main(words) == 0 and "compare: stopped in dpo-sft seed 1" in capsys.readouterr().err
     launcher.stop_in = None
     assert main(words) == 0
     assert launcher.runs == ["seed-1", "seed-1", "seed-2", "seed-2"]
     out = capsys.readouterr().out
-    assert "all samples, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
-    (found,) = json.loads((tmp_path / "out" / "compare.json").read_text())["counts"]
+    assert "all samples, encoder's accuracy, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
+    found, answers, pairs = json.loads((tmp_path / "out" / "compare.json").read_text())["measured"]
+    assert (answers["measure"], pairs["measure"]) == ("answers right", "pairs right")
+    assert answers["against_the_start"] is None  # what they began from is no whole model
+    assert all(0.0 <= score["mean"] <= 1.0 for score in pairs["against_the_first_variant"]["scores"])
     start, dpo, sft = found["against_the_start"]["scores"]
     assert start["seeds"][0] == start["seeds"][1] and len(dpo["seeds"]) == len(sft["seeds"]) == 2
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
@@ -87,6 +92,10 @@ def test_the_command(
         for name in ("dpo", "dpo-sft")
     ]
     assert keys[0] == keys[1] and keys[2] == keys[3] and keys[0] != keys[2]  # the same samples in the same order
+    answers_files = list((tmp_path / "out").rglob("answers-*.json"))
+    assert len(answers_files) == 4 and main(words) == 0 and len(launcher.runs) == 4
+    assert main([*words, "--set", "optimizer.learning_rate=1e-3"]) == 2
+    assert "dpo seed 1: optimizer: begun with" in capsys.readouterr().err
     assert main([*words, "--seeds", "3"]) == 2 and "--seeds: expected two or more" in capsys.readouterr().err
 
 
@@ -98,6 +107,6 @@ def test_what_is_inside_the_noise_is_called_so() -> None:
         Score(name, base + draw.normal(shift, 0.02, (5, 50)), {}, {})
         for name, shift in (("one", 0.1), ("same", 0.1), ("better", 0.2))
     )
-    text = as_text([Compared(None, (start, one, same, better))])
+    text = as_text([Measured(None, "accuracy", (start, one, same, better))])
     verdicts = [line for line in text.splitlines() if " - one: " in line]
     assert verdicts[0].endswith("inside the noise") and verdicts[1].endswith("points, outside the noise")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_an_encoder_goes_through_two_heads(
     monkeypatch.setattr(run_once, "launch", launcher)
     assert main(["evolve", str(file)]) == 0
     assert launcher.runs == ["align", "dpo"]
-    assert "stopped in phase realign, which has saved; the same command goes on" in capsys.readouterr().err
+    assert "stopped in realign, which has saved; the same command goes on" in capsys.readouterr().err
     assert not (out / "align" / "encoder").exists() and (out / "dpo" / "encoder" / "model.safetensors").exists()
 
     launcher.stop_in = None
@@ -142,7 +143,18 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     assert (out / "dpo" / "encoder").exists()
     monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers))
     assert main(["evolve", str(file)]) == 0
-    assert launcher.runs == ["align", "dpo", "realign", "dpo-wider"]  # finished runs begin and end at once
+    assert launcher.runs == ["realign", "dpo-wider"]  # finished runs are not started again
+
+    shutil.rmtree(out / "dpo")
+    assert main(["evolve", str(file)]) == 2
+    assert "phase realign: has begun, and dpo before it is not finished; remove " in capsys.readouterr().err
+    for name in ("realign", "dpo-wider"):
+        shutil.rmtree(out / name)
+    launcher.runs.clear()
+    assert main(["evolve", str(file)]) == 0 and launcher.runs == ["dpo", "realign", "dpo-wider"]
+    judged = list((out / "dpo").glob("judged-*.json"))
+    assert main(["evolve", str(file), "probe.per_class=6"]) == 0
+    assert len(launcher.runs) == 3 and len(list((out / "dpo").glob("judged-*.json"))) == len(judged) + 1
 
 
 def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from pivot_megatron.probe.image_set import ImageSet
 from pivot_megatron.probe.kept import Features, kept
 
 Say = Callable[[str], None]
+_SECONDS_BETWEEN_WORDS = 5.0
 IMAGES_A_FILE = 1024  # what an interrupted pass loses at most
 
 
@@ -76,7 +78,12 @@ def layer_features(
 def batches(
     images: Images, wanted: Sequence[int], size: int, done: int, total: int, say: Say
 ) -> Iterator[list[tuple[str, bytes]]]:
-    """(name, encoded image) of those `wanted`, `size` at once. `done` of `total` are there before."""
+    """(name, encoded image) of those `wanted`, `size` at once. `done` of `total` are there before; how many are now is said
+    once in a while, and at the end."""
+    told = time.monotonic()
     for first in range(0, len(wanted), size):
         yield [(images.names[n], images.read(n)) for n in wanted[first : first + size]]
-        say(f"{done + min(first + size, len(wanted))} of {total} images")
+        last = min(first + size, len(wanted))
+        if last == len(wanted) or time.monotonic() - told > _SECONDS_BETWEEN_WORDS:
+            told = time.monotonic()
+            say(f"{done + last} of {total} images")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pivot_megatron.cli.verbs import Groups, Verb
+
+if TYPE_CHECKING:
+    from pivot_megatron.report.page import Page
 
 
 def add(verb: Verb, verbs: Groups) -> None:
@@ -109,26 +112,35 @@ def add(verb: Verb, verbs: Groups) -> None:
 
 def _linear(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.classes import LinearSettings, probe_encoders
+    from pivot_megatron.probe.pages import linear_page
+    from pivot_megatron.report.facts import versions
 
     settings = LinearSettings(
         args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
     )
-    return _told(args, "linear", probe_encoders(args.encoders, settings, args.out / "features", _say))
+    found = probe_encoders(args.encoders, settings, args.out / "features", _say)
+    return _told(args, "linear", found, linear_page(found, versions("scikit-learn")))
 
 
 def _alignment(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.align import AlignmentSettings, align_encoders
+    from pivot_megatron.probe.pages import alignment_page
+    from pivot_megatron.report.facts import versions
 
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
-    return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+    found = align_encoders(args.encoders, settings, args.out / "features", _say)
+    return _told(args, "alignment", found, alignment_page(found, versions()))
 
 
 def _gradcam(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.gradcam import gradcam_models
+    from pivot_megatron.probe.gradcam_page import gradcam_page
     from pivot_megatron.probe.gradcam_report import GradcamSettings
+    from pivot_megatron.report.facts import versions
 
     settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
-    return _told(args, "gradcam", gradcam_models(args.models, settings, args.out, _say))
+    found = gradcam_models(args.models, settings, args.out, _say)
+    return _told(args, "gradcam", found, gradcam_page(found, versions()))
 
 
 def _vqa(args: argparse.Namespace) -> int:
@@ -140,9 +152,12 @@ def _vqa(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(args: argparse.Namespace, name: str, found: Any) -> int:
+def _told(args: argparse.Namespace, name: str, found: Any, page: Page) -> int:
+    from pivot_megatron.report.page import write_page
+
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(found.as_json() + "\n")
+    write_page(page, args.out / "report.html")
     print(found.as_json() if args.json else found.as_text())
     return 0
 

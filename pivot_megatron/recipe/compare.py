@@ -17,8 +17,12 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe.comparison import Compared, Member, as_json, as_text, members, variants
+from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.phases import Phases
+from pivot_megatron.recipe.run_facts import environment_facts, run_told
 from pivot_megatron.recipe.run_once import StoppedError, run_once
+from pivot_megatron.report.facts import together, told
+from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.run_folder import write_atomically
 
@@ -57,8 +61,17 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     found = [_compared(settings, configs, [one for one in every if one.count == count]) for count in settings.counts]
     facts = {**vars(settings), "probe": vars(settings.probe)}
     write_atomically(settings.out / "compare.json", as_json(facts, found))
+    versions = together([environment_facts(member.config.out) for member in every])
+    page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
+    write_page(page, settings.out / "report.html")
     print(as_text(found))
     return True
+
+
+def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    own = {name: value for name, value in vars(settings).items() if name != "probe"}
+    probe = {f"probe {name}": value for name, value in vars(settings.probe).items()}
+    return told({**own, **probe}) | {f"run {name}": run_told(config) for name, config in configs.items()}
 
 
 def _train(member: Member, processes: int | None, requests: StopRequests) -> str:

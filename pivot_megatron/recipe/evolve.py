@@ -21,10 +21,12 @@ from pivot_megatron.errors import RuleError, UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
+from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
 from pivot_megatron.recipe.phases import Phases
 from pivot_megatron.recipe.run_once import StoppedError, run_once
 from pivot_megatron.recipe.schedule import LinearProbe, Schedule
+from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import decided_by, progress_of
 from pivot_megatron.train.run_folder import finished_path, read_metrics, write_atomically
@@ -63,7 +65,7 @@ class Evolution:
                 )
                 return False
             results.append(self.judge(phase.name))
-            _tell(self.schedule, results)
+            self._tell(results)
             self.require_gate(results[-1])
         print(as_table(results))
         return True
@@ -81,6 +83,10 @@ class Evolution:
                 f"phase {result.name}: the probe's accuracy fell by {-100 * result.probed.difference:.2f} points, by more than "
                 f"{100 * most:.2f} for sure (phases: most_fallen); what it left is in {result.encoder}"
             )
+
+    def _tell(self, results: Sequence[PhaseResult]) -> None:
+        write_atomically(self.schedule.out / "evolution.json", as_json(self.schedule.name, results))
+        write_page(evolution_page(self.schedule, self.phases, results), self.schedule.out / "report.html")
 
     def _named(self, name: str) -> Phase:
         for phase in self.phases:
@@ -175,7 +181,3 @@ def _require_same(phase: Phase) -> None:
                 f"phase {phase.name}: {key}: begun with {before.get(key)}, found {value}; restore it, or choose another out:, "
                 f"or remove {phase.folder} and the phases after it"
             )
-
-
-def _tell(schedule: Schedule, results: Sequence[PhaseResult]) -> None:
-    write_atomically(schedule.out / "evolution.json", as_json(schedule.name, results))

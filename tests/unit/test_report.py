@@ -10,8 +10,7 @@ import pytest
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.interval import wilson
-from pivot_megatron.recipe.charts import Series, line_chart, nice_ticks
-from pivot_megatron.recipe.findings import INSIDE, comparisons, measures, pooled
+from pivot_megatron.recipe.findings import comparisons, measures, pooled
 from pivot_megatron.recipe.report import (
     AnswerScore,
     DemoReport,
@@ -22,6 +21,8 @@ from pivot_megatron.recipe.report import (
     terminal_table,
     write_html,
 )
+from pivot_megatron.report.charts import Series, line_chart, nice_ticks
+from pivot_megatron.report.intervals import INSIDE
 
 PIXEL = base64.b64encode(b"\x89PNG not really").decode()
 VOID = {"meta", "img", "br", "line"}

@@ -156,9 +156,10 @@ def _told(args: argparse.Namespace, name: str, found: Any, page: Page) -> int:
     from pivot_megatron.report.page import write_page
 
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(found.as_json() + "\n")
+    told = found.as_json(versions=page.versions)
+    (args.out / f"{name}.json").write_text(told + "\n")
     write_page(page, args.out / "report.html")
-    print(found.as_json() if args.json else found.as_text())
+    print(told if args.json else found.as_text())
     return 0
 
 

@@ -32,13 +32,15 @@ _POINTING = Told(
 def gradcam_page(report: GradcamReport, versions: Mapping[str, str]) -> Page:
     """Reads the samples' figures from the report's folder."""
     sections: list[Section] = []
-    lead = f"Where a preference\u2019s gradient falls on {_count(len(report.questions), 'image')}."
+    lead = f"Where a preference\u2019s gradient falls on {_count(len(report.questions), 'image')}"
     if report.boxed:
         for text, measure in ((_ENERGY, "energy"), (_POINTING, "pointing")):
             scores = report.scores(measure)  # type: ignore[arg-type]
             chance = float(np.mean([score.record["chance"] for score in scores]))
             sections += score_sections(text, scores, Line("chance", 100 * chance))
-        lead += f" Energy inside the box of {report.boxed}: {scores_told(_ENERGY, report.scores('energy'))}"
+        lead += f", and how much of it in the boxes of {report.boxed}. {scores_told(_ENERGY, report.scores('energy'))}"
+    else:
+        lead += "."
     sections.append(_samples(report))
     models = [column.label for column in report.columns]
     return Page("Grad-CAM", lead, sections, told({"models": models, **vars(report.settings)}), versions)
@@ -55,8 +57,8 @@ def _samples(report: GradcamReport) -> Section:
     return Section(
         "Samples",
         [Pictures(pictures)],
-        "The image, then each model\u2019s map over it: blue where the gradient is smallest, red where it is largest. A white frame "
-        f"is the sample\u2019s box.{more}",
+        "The image, then each model\u2019s map over it, in the table\u2019s order: blue where the gradient is smallest, red "
+        f"where it is largest. A white frame is the sample\u2019s box.{more}",
         "Loss is told before overfitting and where the gradient was taken.",
     )
 

@@ -34,7 +34,7 @@ def alignment_page(report: AlignmentReport, versions: Mapping[str, str]) -> Page
         f"Of each of {settings.count} images and their captions, the share of its {settings.neighbours} nearest others that an "
         "encoder and the language model have in common, at the pair of layers that agrees best. \u201cCKA\u201d is the linear "
         "centred kernel alignment at the pair that is best by it.",
-        "Intervals are for other images and captions. Chance is that of one pair of layers; the best of many lies a little above.",
+        "Intervals are for other images and captions. Chance is of one pair of layers; the best of many lies a little above.",
     )
     sections = score_sections(text, report.scores, Line("chance", 100 * report.chance))
     facts = told({"encoders": [score.encoder for score in report.scores], **vars(settings)})

@@ -36,8 +36,8 @@ def score_sections(told: Told, scores: Sequence[Score], line: Line | None = None
     sections = [Section(title, [Forest(intervals, "encoder", f"{told.measure}, %")], told.lead, told.note)]
     if len(scores) > 1:
         changes = interval_table(change_rows("", names, scores), ["verdict"], zero=True)
-        forest = Forest(changes, "difference", "points", signed=True)
-        sections.append(Section(f"{title}: differences", [forest], DIFFERENCES, NOT_ADJUSTED))
+        forest = Forest(changes, "encoder", "points", signed=True)
+        sections.append(Section(f"{title}: differences from {names[0]}", [forest], DIFFERENCES, NOT_ADJUSTED))
     rows_told = table_rows(told.measure, scores)
     sections.append(Section(f"{title}: table", [Table(rows_told, (0, len(rows_told[0]) - 1))], "In percent."))
     return sections
@@ -49,9 +49,9 @@ def score_row(group: str, name: str, slot: int, score: Score) -> Row:
 
 
 def change_rows(group: str, names: Sequence[str], scores: Sequence[Score]) -> list[Row]:
-    """`names`: of `scores`, as a page has them."""
+    """Of each score after the first its difference from the first. `names`: of `scores`, as a page has them."""
     return [
-        change_row(group, f"{name} \u2212 {names[0]}", change, interval.low, interval.high)
+        change_row(group, name, change, interval.low, interval.high)
         for name, (change, interval) in zip(names[1:], against_first(scores), strict=True)
     ]
 
@@ -60,7 +60,7 @@ def scores_told(told: Told, scores: Sequence[Score]) -> str:
     """A sentence that may stand at the head of a page."""
     names = short_names([score.encoder for score in scores])
     if len(scores) > 1:
-        return verdicts_told(change_rows("", names, scores))
+        return verdicts_told(change_rows("", names, scores), names[0])
     (score,) = scores
     interval = (
         f" (95 % interval {100 * score.shown.low:.2f} to {100 * score.shown.high:.2f})" if score.interval.finite else ""

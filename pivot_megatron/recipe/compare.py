@@ -60,8 +60,8 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
             return False
     found = [_compared(settings, configs, [one for one in every if one.count == count]) for count in settings.counts]
     facts = {**vars(settings), "probe": vars(settings.probe)}
-    write_atomically(settings.out / "compare.json", as_json(facts, found))
     versions = together([environment_facts(member.config.out) for member in every])
+    write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions))
     page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
     write_page(page, settings.out / "report.html")
     print(as_text(found))

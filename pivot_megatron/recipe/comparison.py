@@ -102,7 +102,7 @@ class Compared:
         return list(self.scores[1:])
 
 
-def as_json(settings: Mapping[str, Any], compared: Sequence[Compared]) -> str:
+def as_json(settings: Mapping[str, Any], compared: Sequence[Compared], **facts: Any) -> str:
     found = [
         {
             "count": one.count,
@@ -111,7 +111,7 @@ def as_json(settings: Mapping[str, Any], compared: Sequence[Compared]) -> str:
         }
         for one in compared
     ]
-    return json.dumps({"settings": dict(settings), "counts": found}, indent=2, default=str) + "\n"
+    return json.dumps({"settings": dict(settings), "counts": found, **facts}, indent=2, default=str) + "\n"
 
 
 def as_text(compared: Sequence[Compared]) -> str:

@@ -37,14 +37,16 @@ def comparison_page(
     if len(counted := [one for one in compared if one.count is not None]) > 1:
         sections.append(_efficiency(counted, slots))
     if others:
-        forest = Forest(changes, "difference", "points", "samples", signed=True)
+        forest = Forest(changes, "variant", "points", "samples", signed=True)
         sections.append(Section(f"Differences from {first}", [forest], DIFFERENCES, NOT_ADJUSTED))
     sections.append(Section("Table", [_table(compared)], "In percent."))
-    return Page(f"{first} against {', '.join(others)}", verdicts_told(changes.rows), sections, settings, versions)
+    return Page(
+        f"{first} against {', '.join(others)}", verdicts_told(changes.rows, first), sections, settings, versions
+    )
 
 
 def _group(one: Compared) -> str:
-    return "all samples" if one.count is None else f"{one.count:,} samples"
+    return "all" if one.count is None else f"{one.count:,}"
 
 
 def _accuracy(compared: Sequence[Compared], seeds: Sequence[int], slots: Mapping[str, int]) -> Forest:

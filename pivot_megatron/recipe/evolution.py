@@ -51,8 +51,8 @@ class PhaseResult:
         return cls(**{**told, "probed": probed})
 
 
-def as_json(name: str, results: Sequence[PhaseResult]) -> str:
-    return json.dumps({"name": name, "phases": [asdict(result) for result in results]}, indent=2) + "\n"
+def as_json(name: str, results: Sequence[PhaseResult], **facts: Any) -> str:
+    return json.dumps({"name": name, "phases": [asdict(result) for result in results], **facts}, indent=2) + "\n"
 
 
 def table_rows(results: Sequence[PhaseResult]) -> list[tuple[str, ...]]:

@@ -44,7 +44,7 @@ def _lead(phases: Sequence[Phase], results: Sequence[PhaseResult]) -> str:
     (_, first), (name, last) = found[0], found[-1]
     start = f"{100 * (first.accuracy - first.difference):.2f}"
     return (
-        f"{done}The encoder began at {start} % of the probe's accuracy, and phase {name} left it at {100 * last.accuracy:.2f} % "
+        f"{done}By the linear probe the encoder began at {start} %, and phase {name} left it at {100 * last.accuracy:.2f} % "
         f"(95 % interval {100 * last.interval.low:.2f} to {100 * last.interval.high:.2f})."
     )
 

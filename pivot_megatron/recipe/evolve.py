@@ -85,8 +85,10 @@ class Evolution:
             )
 
     def _tell(self, results: Sequence[PhaseResult]) -> None:
-        write_atomically(self.schedule.out / "evolution.json", as_json(self.schedule.name, results))
-        write_page(evolution_page(self.schedule, self.phases, results), self.schedule.out / "report.html")
+        page = evolution_page(self.schedule, self.phases, results)
+        told = as_json(self.schedule.name, results, settings=page.settings, versions=page.versions)
+        write_atomically(self.schedule.out / "evolution.json", told)
+        write_page(page, self.schedule.out / "report.html")
 
     def _named(self, name: str) -> Phase:
         for phase in self.phases:

@@ -44,11 +44,16 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Without the folders that all of them begin with; of one alone, its last two parts."""
+    """Without the folders that all of them begin with, and the names that all end with; of one alone, its last two parts."""
     parts = [path.split("/") for path in paths]
-    shared = 0 if len(set(paths)) > 1 else max(len(parts[0]) - 2, 0)
-    if len(set(paths)) > 1:
-        shortest = min(map(len, parts)) - 1
-        while shared < shortest and len({one[shared] for one in parts}) == 1:
-            shared += 1
-    return ["/".join(one[shared:]) for one in parts]
+    if len(set(paths)) == 1:
+        return ["/".join(one[-2:]) for one in parts]
+    most = min(map(len, parts)) - 1
+    front = _shared(parts, most)
+    back = _shared([one[::-1] for one in parts], most - front)
+    return ["/".join(one[front : len(one) - back]) for one in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
+    """How many of the first are the same in all, `most` at the most."""
+    return next((n for n in range(most) if len({one[n] for one in parts}) > 1), most)

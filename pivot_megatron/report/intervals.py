@@ -111,19 +111,20 @@ def change_row(group: str, label: str, change: float, low: float, high: float) -
     return Row(group, label, 0, 100 * change, 100 * low, 100 * high, [verdict(change, low, high)])
 
 
-def verdicts_told(rows: Sequence[Row]) -> str:
-    """A sentence on what `change_row` made; empty of none."""
+def verdicts_told(rows: Sequence[Row], against: str) -> str:
+    """A sentence on rows of `change_row`, differences from `against`; empty of none."""
     told = [row.cells[0] for row in rows]
     if not told:
         return ""
     if len(told) == 1:
-        return f"{rows[0].label}: {_points(rows[0])}."
+        return f"{rows[0].label} against {against}: {_points(rows[0])}."
     outside = len(told) - told.count(INSIDE) - told.count(UNKNOWN)
+    of = f"{len(told)} differences from {against}"
     if outside == 0:
-        return (
-            f"None of the {len(told)} differences lies outside the noise: on these samples they cannot be told apart."
-        )
-    return f"{outside} of the {len(told)} differences {'lies' if outside == 1 else 'lie'} outside the noise."
+        return f"None of the {of} lies outside the noise: on these samples they cannot be told apart."
+    if outside == len(told):
+        return f"Each of the {of} lies outside the noise."
+    return f"{outside} of the {of} {'lies' if outside == 1 else 'lie'} outside the noise."
 
 
 def _points(row: Row) -> str:

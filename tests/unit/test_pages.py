@@ -276,6 +276,10 @@ def test_an_interval_chart_keeps_its_scale() -> None:
     assert per_percent > 0 and ys[2] - ys[0] == pytest.approx(5 * per_percent, abs=0.2)
     (level,) = re.findall(r'class="level" [^>]*y1="([\d.]+)"', svg)
     assert ys[0] - float(level) == pytest.approx(2 * per_percent, abs=0.2)
+    bars = re.findall(r'bar-end" [^>]*d="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)', svg)
+    for (low, high), y, (below, above) in zip(bars, (ys[0], ys[1], ys[3]), ((10, 10), (5, 5), (5, 5))):
+        assert float(low) - y == pytest.approx(below * per_percent, abs=0.2)
+        assert y - float(high) == pytest.approx(above * per_percent, abs=0.2)
     assert dots[2][0] - dots[0][0] == pytest.approx(5.0, abs=0.2)  # set apart
     assert "logarithmic" not in interval_chart(
         [Measured("a", [(1, 0.5, 0.4, 0.6), (2, 0.6, 0.5, 0.7)], 0)], Titles("", "", "")

@@ -16,7 +16,7 @@ from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import Score
-from pivot_megatron.recipe.comparison import Compared, Member, as_json, as_text, members, variants
+from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.phases import Phases
 from pivot_megatron.recipe.run_facts import environment_facts, run_told
@@ -25,9 +25,6 @@ from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.run_folder import write_atomically
-
-START = "start"
-"""The encoder that every run began from, in tables."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def _train(member: Member, processes: int | None, requests: StopRequests) -> str
     return str(encoder)
 
 
-def _compared(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Compared:
+def _compared(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Measured:
     """Of one count. One seed's encoders are probed beside one another, on the same draws for all seeds."""
     start = _start(next(iter(configs.values())))
     rows: dict[str, list[np.ndarray]] = {START: [], **{name: [] for name in configs}}
@@ -97,7 +94,8 @@ def _compared(settings: CompareSettings, configs: Mapping[str, RunConfig], runs:
         )
         for name, score in zip(rows, report.scores, strict=True):
             rows[name].append(score.values.mean(axis=0))
-    return Compared(runs[0].count, tuple(_score(name, np.stack(values)) for name, values in rows.items()))
+    scores = tuple(_score(name, np.stack(values)) for name, values in rows.items())
+    return Measured(runs[0].count, "encoder's accuracy", scores)
 
 
 def _score(name: str, values: np.ndarray) -> Score:

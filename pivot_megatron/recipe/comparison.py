@@ -14,6 +14,9 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score, against_first, as_records, as_table
 from pivot_megatron.train.checkpoint import decided_by
 
+START = "start"
+"""What every run began from, in tables."""
+
 MAY_DIFFER = ("objective", "optimizer")
 """What a comparison is of, by config key. Learning rates go with objectives: one that suits DPO starves SFT."""
 
@@ -30,6 +33,11 @@ class Member:
     @property
     def name(self) -> str:
         return f"{self.variant} seed {self.seed}" + ("" if self.count is None else f" of {self.count}")
+
+    @property
+    def encoder(self) -> Path:
+        """Where its encoder is exported to."""
+        return self.config.out.parent / "encoder"
 
 
 def variants(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
@@ -90,42 +98,50 @@ def _member_config(name: str, config: RunConfig, seed: int, count: int | None, o
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Of one sample count: `scores` by variant, the encoder that all began from first; values `[seeds, test images]`, the
-    share of the probe's draws that had an image right."""
+class Measured:
+    """One measure of one sample count: `scores` by variant, of what all began from first where that was measured. Values are
+    `[seeds, samples]`."""
 
     count: int | None
+    measure: str
     scores: tuple[Score, ...]
 
-    def between(self) -> list[Score]:
-        """The variants alone, of which the first is what the others are held against."""
-        return list(self.scores[1:])
+    @property
+    def start(self) -> Score | None:
+        return self.scores[0] if self.scores[0].encoder == START else None
+
+    @property
+    def variants(self) -> list[Score]:
+        """Without the start; the first is what the others are held against."""
+        return [score for score in self.scores if score.encoder != START]
+
+    @property
+    def samples(self) -> str:
+        return "all samples" if self.count is None else f"{self.count} samples"
 
 
-def as_json(settings: Mapping[str, Any], compared: Sequence[Compared], **facts: Any) -> str:
+def as_json(settings: Mapping[str, Any], measured: Sequence[Measured], **facts: Any) -> str:
     found = [
         {
             "count": one.count,
-            "against_the_start": as_records(one.scores),
-            "against_the_first_variant": as_records(one.between()),
+            "measure": one.measure,
+            "against_the_start": as_records(one.scores) if one.start else None,
+            "against_the_first_variant": as_records(one.variants),
         }
-        for one in compared
+        for one in measured
     ]
-    return json.dumps({"settings": dict(settings), "counts": found, **facts}, indent=2, default=str) + "\n"
+    return json.dumps({"settings": dict(settings), "measured": found, **facts}, indent=2, default=str) + "\n"
 
 
-def as_text(compared: Sequence[Compared]) -> str:
+def as_text(measured: Sequence[Measured]) -> str:
     parts = []
-    for one in compared:
-        name = one.between()[0].encoder
-        parts.append(f"{'all samples' if one.count is None else f'{one.count} samples'}, against the start:")
-        parts.append(as_table("accuracy", one.scores))
-        parts.append(f"against {name}:")
-        parts.append(as_table("accuracy", one.between()))
-        verdicts = [
-            f"{score.encoder} - {name}: {100 * mean:+.2f} points, "
-            + ("inside the noise" if 0.0 in interval else "outside the noise")
-            for score, (mean, interval) in zip(one.between()[1:], against_first(one.between()), strict=True)
-        ]
-        parts += [*verdicts, ""]
+    for one in measured:
+        first, *others = one.variants
+        if one.start:
+            parts += [f"{one.samples}, {one.measure}, against the start:", as_table(one.measure, one.scores)]
+        parts += [f"{one.samples}, {one.measure}, against {first.encoder}:", as_table(one.measure, one.variants)]
+        for score, (mean, interval) in zip(others, against_first(one.variants), strict=True):
+            verdict = "inside" if 0.0 in interval else "outside"
+            parts.append(f"{score.encoder} - {first.encoder}: {100 * mean:+.2f} points, {verdict} the noise")
+        parts.append("")
     return "\n".join(parts).rstrip()

@@ -17,7 +17,7 @@ _WIDE = 8.0  # largest over smallest, from which on places are drawn by their lo
 
 
 @dataclass(frozen=True)
-class Measured:
+class IntervalLine:
     """One line: `(place, value, low, high)` in order of place, ends infinite where there is no interval. `slot`: its colour."""
 
     name: str
@@ -34,7 +34,7 @@ class Titles:
     y: str
 
 
-def interval_chart(lines: Sequence[Measured], titles: Titles, level: float | None = None) -> str:
+def interval_chart(lines: Sequence[IntervalLine], titles: Titles, level: float | None = None) -> str:
     """Places a factor of 8 or more apart are drawn by their logarithm. `level`: a value that all are seen against, dashed."""
     places = sorted({point[0] for line in lines for point in line.points})
     logarithmic = places[0] > 0 and places[-1] >= _WIDE * places[0]
@@ -84,7 +84,7 @@ def _scales(x_axis: Axis, y_axis: Axis, places: Sequence[float], logarithmic: bo
     return parts
 
 
-def _line(line: Measured, across: Sequence[float], y_axis: Axis) -> list[str]:
+def _line(line: IntervalLine, across: Sequence[float], y_axis: Axis) -> list[str]:
     style = f'style="stroke:var(--s{line.slot})"'
     heights = [y_axis.at(value) for _, value, _, _ in line.points]
     moves = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across, heights, strict=True))

@@ -14,7 +14,7 @@ from pivot_megatron.cli import main
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import run_once
-from pivot_megatron.recipe.comparison import Compared, as_text, members, variants
+from pivot_megatron.recipe.comparison import Measured, as_text, members, variants
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree
 from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
@@ -77,8 +77,8 @@ def test_the_command(
     assert main(words) == 0
     assert launcher.runs == ["seed-1", "seed-1", "seed-2", "seed-2"]
     out = capsys.readouterr().out
-    assert "all samples, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
-    (found,) = json.loads((tmp_path / "out" / "compare.json").read_text())["counts"]
+    assert "all samples, encoder's accuracy, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
+    (found,) = json.loads((tmp_path / "out" / "compare.json").read_text())["measured"]
     start, dpo, sft = found["against_the_start"]["scores"]
     assert start["seeds"][0] == start["seeds"][1] and len(dpo["seeds"]) == len(sft["seeds"]) == 2
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
@@ -101,6 +101,6 @@ def test_what_is_inside_the_noise_is_called_so() -> None:
         Score(name, base + draw.normal(shift, 0.02, (5, 50)), {}, {})
         for name, shift in (("one", 0.1), ("same", 0.1), ("better", 0.2))
     )
-    text = as_text([Compared(None, (start, one, same, better))])
+    text = as_text([Measured(None, "accuracy", (start, one, same, better))])
     verdicts = [line for line in text.splitlines() if " - one: " in line]
     assert verdicts[0].endswith("inside the noise") and verdicts[1].endswith("points, outside the noise")

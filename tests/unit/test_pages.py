@@ -26,13 +26,13 @@ from pivot_megatron.probe.patch_grid import Box, PatchGrid
 from pivot_megatron.probe.questions import Question
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import evolution_page as evolution
-from pivot_megatron.recipe.comparison import Compared, as_json
+from pivot_megatron.recipe.comparison import Measured, as_json
 from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
 from pivot_megatron.recipe.schedule import PhaseSpec, Schedule
 from pivot_megatron.report.charts import Series, line_chart
 from pivot_megatron.report.facts import short_names, together, told
-from pivot_megatron.report.interval_chart import Measured, Titles, interval_chart
+from pivot_megatron.report.interval_chart import IntervalLine, Titles, interval_chart
 from pivot_megatron.report.intervals import (
     INSIDE,
     UNKNOWN,
@@ -200,30 +200,39 @@ def test_an_evolution_without_a_probe_has_curves_alone(tmp_path: Path, monkeypat
     assert "No encoder was probed." in page.text and "Accuracy" not in page.text and "1.5 \u2192 0.75" in page.text
 
 
-def compared(count: int | None) -> Compared:
+def compared(count: int | None, measure: str = "encoder's accuracy") -> Measured:
     start, *others = scores("start", "dpo", ODD, "sft")
     seeds = [replace(one, record={"seeds": one.values.mean(axis=1).tolist()}, columns={}) for one in others]
-    return Compared(count, (replace(start, columns={}), *seeds))
+    return Measured(count, measure, (replace(start, columns={}), *seeds))
 
 
 def test_a_comparisons_page_of_one_count(tmp_path: Path) -> None:
     found = [compared(None)]
     page = parsed(comparison_page(found, [1, 2, 3], {"seeds": "1, 2, 3"}, VERSIONS), tmp_path)
-    (told,) = json.loads(as_json({}, found))["counts"]
+    (told,) = json.loads(as_json({}, found))["measured"]
     for score in told["against_the_start"]["scores"][1:]:
         low, high = (100 * score["interval"][end] for end in ("low", "high"))
         seeds = " ".join(f"{100 * seed:.2f}" for seed in score["seeds"])
         assert f"{100 * score['mean']:.2f} {low:.2f} to {high:.2f} {seeds}" in page.text
     shows(page, {**told["against_the_first_variant"], "scores": []})
     start = told["against_the_start"]["scores"][0]
-    assert f"the encoder that all began from: {100 * start['mean']:.2f}" in page.text
-    assert "Data efficiency" not in page.text and "Differences from dpo" in page.text
+    assert f"what all began from: {100 * start['mean']:.2f}" in page.text
+    assert "data efficiency" not in page.text and "Encoder's accuracy: differences from dpo" in page.text
+
+
+def test_a_comparison_of_two_measures_one_without_a_start(tmp_path: Path) -> None:
+    answers = compared(None, "answers right")
+    measured = [compared(None), replace(answers, scores=answers.scores[1:])]
+    page = parsed(comparison_page(measured, [1, 2, 3], {}, VERSIONS), tmp_path)
+    assert "Answers right: differences from dpo" in page.text and "Encoder's accuracy: table" in page.text
+    assert page.text.count("what all began from:") == 1 and "of the 4 differences from dpo" in page.text
+    assert json.loads(as_json({}, measured))["measured"][1]["against_the_start"] is None
 
 
 def test_a_comparisons_page_of_several_counts_has_their_curve(tmp_path: Path) -> None:
     page = parsed(comparison_page([compared(n) for n in (20000, 1000)], [1, 2, 3], {}, VERSIONS), tmp_path)
-    assert "Data efficiency" in page.text and "samples, logarithmic" in page.text
-    assert page.text.count("the encoder that all began from:") == 1  # it is the same at both
+    assert "Encoder's accuracy: data efficiency" in page.text and "samples, logarithmic" in page.text
+    assert page.text.count("what all began from:") == 1  # it is the same at both
     source = (tmp_path / "report.html").read_text()
     assert source.count('class="line bar-end"') == 2 * 3 and source.count("<circle") == 2 * 3
 
@@ -264,8 +273,8 @@ def test_a_scale_reaches_around_all_there_is(ends: Any, zero: bool, line: float 
 
 def test_an_interval_chart_keeps_its_scale() -> None:
     lines = [
-        Measured("a", [(1000, 50.0, 40.0, 60.0), (10000, 70.0, 65.0, 75.0)], 1),
-        Measured("<b>", [(1000, 45.0, -math.inf, math.inf), (10000, 55.0, 50.0, 60.0)], 2),
+        IntervalLine("a", [(1000, 50.0, 40.0, 60.0), (10000, 70.0, 65.0, 75.0)], 1),
+        IntervalLine("<b>", [(1000, 45.0, -math.inf, math.inf), (10000, 55.0, 50.0, 60.0)], 2),
     ]
     svg = interval_chart(lines, Titles("<chart>", "samples & more", "accuracy"), 52.0)
     assert "inf" not in svg and "&lt;chart&gt;" in svg and "samples &amp; more, logarithmic" in svg
@@ -282,7 +291,7 @@ def test_an_interval_chart_keeps_its_scale() -> None:
         assert y - float(high) == pytest.approx(above * per_percent, abs=0.2)
     assert dots[2][0] - dots[0][0] == pytest.approx(5.0, abs=0.2)  # set apart
     assert "logarithmic" not in interval_chart(
-        [Measured("a", [(1, 0.5, 0.4, 0.6), (2, 0.6, 0.5, 0.7)], 0)], Titles("", "", "")
+        [IntervalLine("a", [(1, 0.5, 0.4, 0.6), (2, 0.6, 0.5, 0.7)], 0)], Titles("", "", "")
     )
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pivot_megatron.cli.verbs import Groups, Verb
+
+if TYPE_CHECKING:
+    from pivot_megatron.report.page import Page
 
 
 def add(verb: Verb, verbs: Groups) -> None:
     group = verbs.add_parser("probe", help="what an encoder sees").add_subparsers(required=True, metavar="WHAT")
     p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
-    p.add_argument(
-        "encoders",
-        type=Path,
-        nargs="+",
-        metavar="ENCODER",
-        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
-    )
+    _encoders(p)
     p.add_argument(
         "--train",
         type=Path,
@@ -31,22 +28,10 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
     p.add_argument("--seed", type=int, default=777, help="of the first draw (default: 777)")
     p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
-    p.add_argument(
-        "--feature-layer",
-        type=int,
-        help="hidden_states index, from the original encoder's end (default: as training takes it)",
-    )
-    p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
-    p.add_argument("--out", type=Path, default=Path("runs/probe-linear"), help="default: runs/probe-linear")
-    p.add_argument("--json", action="store_true")
+    _features(p)
+    _results(p, "linear")
     p = verb("alignment", _alignment, "how alike an encoder and a language model see images and their captions", group)
-    p.add_argument(
-        "encoders",
-        type=Path,
-        nargs="+",
-        metavar="ENCODER",
-        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
-    )
+    _encoders(p)
     p.add_argument("--llm", type=Path, required=True, help="Hugging Face language model with its tokenizer")
     p.add_argument(
         "--captions",
@@ -62,18 +47,11 @@ def add(verb: Verb, verbs: Groups) -> None:
         help="the last layer looked at, from the original encoder's end (default: as training)",
     )
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
-    p.add_argument("--out", type=Path, default=Path("runs/probe-alignment"), help="default: runs/probe-alignment")
-    p.add_argument("--json", action="store_true")
+    _results(p, "alignment")
     p = verb(
         "segmentation", _segmentation, "which classes each patch shows, by a small head over patch features", group
     )
-    p.add_argument(
-        "encoders",
-        type=Path,
-        nargs="+",
-        metavar="ENCODER",
-        help="Hugging Face folder, checkpoint or run; the first is what the others are held against",
-    )
+    _encoders(p)
     p.add_argument(
         "--train",
         type=Path,
@@ -85,14 +63,8 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--epochs", type=int, default=5, help="of training a head (default: 5)")
     p.add_argument("--seeds", type=int, default=6, help="heads that are trained for each encoder (default: 6)")
     p.add_argument("--seed", type=int, default=777, help="of the first head (default: 777)")
-    p.add_argument(
-        "--feature-layer",
-        type=int,
-        help="hidden_states index, from the original encoder's end (default: as training takes it)",
-    )
-    p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
-    p.add_argument("--out", type=Path, default=Path("runs/probe-segmentation"), help="default: runs/probe-segmentation")
-    p.add_argument("--json", action="store_true")
+    _features(p)
+    _results(p, "segmentation")
     p = verb("gradcam", _gradcam, "where a preference's gradient falls on an image, model beside model", group)
     p.add_argument(
         "models",
@@ -118,8 +90,7 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--steps", type=int, default=20, help="of overfitting to each sample first (default: 20)")
     p.add_argument("--rate", type=float, default=1e-5, help="of learning in those steps (default: 1e-5)")
     p.add_argument("--at", choices=("input", "output"), default="input", help="side of the projector (default: input)")
-    p.add_argument("--out", type=Path, default=Path("runs/probe-gradcam"), help="default: runs/probe-gradcam")
-    p.add_argument("--json", action="store_true")
+    _results(p, "gradcam")
     p = verb(
         "answers", _answers, "answers to held-out questions, and preferences between two, model beside model", group
     )
@@ -137,8 +108,7 @@ def add(verb: Verb, verbs: Groups) -> None:
         help="shards of pairs with image, task and label, as `pivot data synthetic` makes",
     )
     p.add_argument("--count", type=int, help="pairs, the first there are (default: all)")
-    p.add_argument("--out", type=Path, default=Path("runs/probe-answers"), help="default: runs/probe-answers")
-    p.add_argument("--json", action="store_true")
+    _results(p, "answers")
     p = verb("vqa", _vqa, "the paper's table of 16 benchmarks, from lmms-eval's results", group)
     p.add_argument(
         "results",
@@ -155,24 +125,54 @@ def add(verb: Verb, verbs: Groups) -> None:
     form.add_argument("--markdown", action="store_true")
 
 
+def _encoders(p: argparse.ArgumentParser) -> None:
+    held = "the first is what the others are held against"
+    p.add_argument(
+        "encoders", type=Path, nargs="+", metavar="ENCODER", help=f"Hugging Face folder, checkpoint or run; {held}"
+    )
+
+
+def _features(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--feature-layer",
+        type=int,
+        help="hidden_states index, from the original encoder's end (default: as training takes it)",
+    )
+    p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
+
+
+def _results(p: argparse.ArgumentParser, probe: str) -> None:
+    out = f"runs/probe-{probe}"
+    p.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    p.add_argument("--json", action="store_true")
+
+
 def _linear(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.classes import LinearSettings, probe_encoders
+    from pivot_megatron.probe.pages import linear_page
+    from pivot_megatron.report.facts import versions
 
     settings = LinearSettings(
         args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
     )
-    return _told(args, "linear", probe_encoders(args.encoders, settings, args.out / "features", _say))
+    found = probe_encoders(args.encoders, settings, args.out / "features", _say)
+    return _told(args, "linear", found, linear_page(found, versions("scikit-learn")))
 
 
 def _alignment(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.align import AlignmentSettings, align_encoders
+    from pivot_megatron.probe.pages import alignment_page
+    from pivot_megatron.report.facts import versions
 
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
-    return _told(args, "alignment", align_encoders(args.encoders, settings, args.out / "features", _say))
+    found = align_encoders(args.encoders, settings, args.out / "features", _say)
+    return _told(args, "alignment", found, alignment_page(found, versions()))
 
 
 def _segmentation(args: argparse.Namespace) -> int:
+    from pivot_megatron.probe.pages import segmentation_page
     from pivot_megatron.probe.segment import SegmentationSettings, segment_encoders
+    from pivot_megatron.report.facts import versions
 
     settings = SegmentationSettings(
         args.train, args.test, args.classes, args.epochs, args.seeds, args.seed, args.feature_layer, args.batch
@@ -180,21 +180,27 @@ def _segmentation(args: argparse.Namespace) -> int:
     found = segment_encoders(args.encoders, settings, args.out / "features", _say)
     args.out.mkdir(parents=True, exist_ok=True)
     found.picture.save(args.out / "segmentation.png")
-    return _told(args, "segmentation", found)
+    return _told(args, "segmentation", found, segmentation_page(found, versions()))
 
 
 def _gradcam(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.gradcam import gradcam_models
+    from pivot_megatron.probe.gradcam_page import gradcam_page
     from pivot_megatron.probe.gradcam_report import GradcamSettings
+    from pivot_megatron.report.facts import versions
 
     settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
-    return _told(args, "gradcam", gradcam_models(args.models, settings, args.out, _say))
+    found = gradcam_models(args.models, settings, args.out, _say)
+    return _told(args, "gradcam", found, gradcam_page(found, versions()))
 
 
 def _answers(args: argparse.Namespace) -> int:
+    from pivot_megatron.recipe.answers_page import answers_page
     from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
+    from pivot_megatron.report.facts import versions
 
-    return _told(args, "answers", ask_models(args.models, TaskSettings(args.pairs, args.count)))
+    found = ask_models(args.models, TaskSettings(args.pairs, args.count))
+    return _told(args, "answers", found, answers_page(found, versions()))
 
 
 def _vqa(args: argparse.Namespace) -> int:
@@ -206,10 +212,14 @@ def _vqa(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(args: argparse.Namespace, name: str, found: Any) -> int:
+def _told(args: argparse.Namespace, name: str, found: Any, page: Page) -> int:
+    from pivot_megatron.report.page import write_page
+
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(found.as_json() + "\n")
-    print(found.as_json() if args.json else found.as_text())
+    told = found.as_json(versions=page.versions)
+    (args.out / f"{name}.json").write_text(told + "\n")
+    write_page(page, args.out / "report.html")
+    print(told if args.json else found.as_text())
     return 0
 
 

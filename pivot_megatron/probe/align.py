@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,8 @@ class AlignmentReport:
         """Mutual neighbours of two layers that have nothing in common; the best of many pairs of layers comes to more."""
         return self.settings.neighbours / (self.settings.count - 1)
 
-    def as_json(self) -> str:
-        return as_json(self.settings, self.scores, chance=self.chance)
+    def as_json(self, **facts: Any) -> str:
+        return as_json(self.settings, self.scores, chance=self.chance, **facts)
 
     def as_text(self) -> str:
         return f"{as_table('mutual', self.scores)}\nchance, of one pair of layers: {100 * self.chance:.2f}"

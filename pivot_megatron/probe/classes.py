@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class LinearReport:
     test_images: int
     scores: tuple[Score, ...]
 
-    def as_json(self) -> str:
-        return as_json(self.settings, self.scores, classes=self.classes, test_images=self.test_images)
+    def as_json(self, **facts: Any) -> str:
+        return as_json(self.settings, self.scores, classes=self.classes, test_images=self.test_images, **facts)
 
     def as_text(self) -> str:
         return as_table("accuracy", self.scores)

@@ -89,10 +89,11 @@ class GradcamReport:
         """By column; empty where no question has a box."""
         return [column.score(measure) for column in self.columns] if self.boxed else []
 
-    def as_json(self) -> str:
+    def as_json(self, **facts: Any) -> str:
         samples = [self._record(number) for number in range(len(self.questions))]
         pointing = as_records(self.scores("pointing"))
-        return as_json(self.settings, self.scores("energy"), measure="energy", pointing=pointing, samples=samples)
+        energy = self.scores("energy")
+        return as_json(self.settings, energy, measure="energy", pointing=pointing, samples=samples, **facts)
 
     def as_text(self) -> str:
         told = f"boxes: {self.boxed} of {len(self.questions)} samples; figures: {self.out}"

@@ -58,8 +58,8 @@ class SegmentationReport:
     scores: tuple[Score, ...]
     picture: Image.Image = field(repr=False)
 
-    def as_json(self) -> str:
-        facts = {"train_images": self.train_images, "test_images": self.test_images}
+    def as_json(self, **facts: Any) -> str:
+        facts |= {"train_images": self.train_images, "test_images": self.test_images}
         return as_json(self.settings, self.scores, **facts, classes=self.classes, unseen=self.unseen)
 
     def as_text(self) -> str:

@@ -36,6 +36,12 @@ class Score:
             found if self.floor is None else Interval(min(found.low, self.floor.low), max(found.high, self.floor.high))
         )
 
+    @property
+    def shown(self) -> Interval:
+        """The part of the interval that a share can lie in; all of it where it has no end."""
+        found = self.interval
+        return Interval(max(found.low, 0.0), min(found.high, 1.0)) if found.finite else found
+
 
 def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
     """Of each after the first, the mean of its differences from the first, value by value, with its interval."""
@@ -61,16 +67,20 @@ def as_records(scores: Sequence[Score]) -> dict[str, list[dict[str, Any]]]:
     return {"scores": records, "against_the_first": against}
 
 
-def as_table(measure: str, scores: Sequence[Score]) -> str:
-    """A line an encoder, in per cent; `measure` heads the means."""
+def table_rows(measure: str, scores: Sequence[Score]) -> list[list[str]]:
+    """Heads, then a row an encoder, in per cent; `measure` heads the means."""
     changes = ["", *(change_text(*change) for change in against_first(scores))]
     heads = ["encoder", measure, "95 % interval", *scores[0].columns, "against the first"]
     rows = [heads]
     for score, change in zip(scores, changes, strict=True):
-        low, high = 100 * max(score.interval.low, 0.0), 100 * min(score.interval.high, 1.0)
-        interval = f"{low:.2f} - {high:.2f}" if score.interval.finite else "none"
+        interval = f"{100 * score.shown.low:.2f} - {100 * score.shown.high:.2f}" if score.interval.finite else "none"
         rows.append([score.encoder, f"{100 * score.mean:.2f}", interval, *score.columns.values(), change])
-    return aligned(rows, left=(0, len(heads) - 1))
+    return rows
+
+
+def as_table(measure: str, scores: Sequence[Score]) -> str:
+    rows = table_rows(measure, scores)
+    return aligned(rows, left=(0, len(rows[0]) - 1))
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:

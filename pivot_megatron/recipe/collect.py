@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,8 @@ from safetensors import safe_open
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.recipe.demo_folder import Demo
 from pivot_megatron.recipe.held_out import HeldOut, is_right
-from pivot_megatron.recipe.record import Curve, Example
-from pivot_megatron.train.run_folder import read_metrics
-
-_CURVES = (
-    "loss",
-    "reward_accuracy",
-    "reward_margin",
-    "chosen_rewards",
-    "rejected_rewards",
-    "chosen_logps",
-    "rejected_logps",
-    "grad_norm",
-    "learning_rate",
-    "step_seconds",
-)
-
-
-def curves(runs: Mapping[str, Path]) -> dict[str, dict[str, Curve]]:
-    """Every metric of every run, by the name that the report gives the run."""
-    found: dict[str, dict[str, Curve]] = {}
-    for name, folder in runs.items():
-        lines = read_metrics(folder)
-        found[name] = {
-            metric: [(line["step"], line[metric]) for line in lines if line[metric] is not None]
-            for metric in _CURVES
-            if lines and metric in lines[0]
-        }
-    return found
+from pivot_megatron.recipe.record import Example
+from pivot_megatron.recipe.run_facts import run_told
 
 
 def examples(pairs: Sequence[HeldOut], answers: Mapping[str, Sequence[str]], a_task: int) -> list[Example]:
@@ -66,13 +39,6 @@ def _png(image: bytes) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def environment_facts(run: Path) -> dict[str, str]:
-    """What a run recorded of the machine it trained on."""
-    facts = json.loads((run / "environment.json").read_text())
-    flat = {**facts, **facts.pop("packages")}
-    return {name.replace("_", " "): str(value) for name, value in flat.items() if isinstance(value, str | int | float)}
-
-
 def setting_facts(demo: Demo, configs: Mapping[str, RunConfig]) -> dict[str, str]:
     """What was made, and how each run trained."""
     scale = demo.scale
@@ -87,15 +53,7 @@ def setting_facts(demo: Demo, configs: Mapping[str, RunConfig]) -> dict[str, str
         "processes": str(demo.processes),
         "seed": str(scale.seed),
     }
-    return facts | {f"run {name}": _run(config) for name, config in configs.items()}
-
-
-def _run(config: RunConfig) -> str:
-    batch, objective = config.batch, config.objective
-    length = f"{batch.steps} steps" if batch.steps is not None else f"{batch.epochs:g} epochs"
-    kind = f"DPO, beta {objective.beta:g}" if objective.kind == "dpo" else "SFT"
-    layout = f"TP{config.layout.tensor} PP{config.layout.pipeline}"
-    return f"{kind}; {length} of {batch.global_size}; learning rate {config.optimizer.learning_rate:g}; {layout}"
+    return facts | {f"run {name}": run_told(config) for name, config in configs.items()}
 
 
 def _parameters(folder: Path) -> str:

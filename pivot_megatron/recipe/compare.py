@@ -17,8 +17,12 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
+from pivot_megatron.recipe.comparison_page import comparison_page
+from pivot_megatron.recipe.run_facts import environment_facts, run_told
 from pivot_megatron.recipe.run_once import StoppedError, recorded, run_once, write_run
 from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
+from pivot_megatron.report.facts import together, told
+from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.run_folder import write_atomically
 
@@ -64,9 +68,18 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         if settings.pairs is not None:
             found += _models(settings, settings.pairs, configs, runs)
     facts = {**vars(settings), "probe": vars(settings.probe)}
-    write_atomically(settings.out / "compare.json", as_json(facts, found))
+    versions = together([environment_facts(member.config.out) for member in every])
+    write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions))
+    page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
+    write_page(page, settings.out / "report.html")
     print(as_text(found))
     return True
+
+
+def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    own = {name: value for name, value in vars(settings).items() if name != "probe"}
+    probe = {f"probe {name}": value for name, value in vars(settings.probe).items()}
+    return told({**own, **probe}) | {f"run {name}": run_told(config) for name, config in configs.items()}
 
 
 def _encoders(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Measured:
@@ -99,7 +112,7 @@ def _models(
         found: dict[str, list[float]] = recorded(folder / asked, answered)
         return found
 
-    told = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
+    answers = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
     whole = _start_model(next(iter(configs.values())))
     begun = None if whole is None else ask(whole, settings.out / START)
 
@@ -108,7 +121,7 @@ def _models(
         if begun is not None:
             rows[START] = [np.array(begun[name])] * len({run.seed for run in runs})
         for run in runs:
-            rows.setdefault(run.variant, []).append(np.array(told[run.name][name]))
+            rows.setdefault(run.variant, []).append(np.array(answers[run.name][name]))
         return _measured(runs, f"{name} right", rows)
 
     return measure("answers"), measure("pairs")

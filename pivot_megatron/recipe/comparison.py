@@ -102,6 +102,10 @@ class Measured:
     scores: tuple[Score, ...]
 
     @property
+    def start(self) -> Score | None:
+        return self.scores[0] if self.scores[0].encoder == START else None
+
+    @property
     def variants(self) -> list[Score]:
         """Without the start; the first is what the others are held against."""
         return [score for score in self.scores if score.encoder != START]
@@ -111,24 +115,24 @@ class Measured:
         return "all samples" if self.count is None else f"{self.count} samples"
 
 
-def as_json(settings: Mapping[str, Any], measured: Sequence[Measured]) -> str:
+def as_json(settings: Mapping[str, Any], measured: Sequence[Measured], **facts: Any) -> str:
     found = [
         {
             "count": one.count,
             "measure": one.measure,
-            "against_the_start": as_records(one.scores) if one.scores[0].encoder == START else None,
+            "against_the_start": as_records(one.scores) if one.start else None,
             "against_the_first_variant": as_records(one.variants),
         }
         for one in measured
     ]
-    return json.dumps({"settings": dict(settings), "measured": found}, indent=2, default=str) + "\n"
+    return json.dumps({"settings": dict(settings), "measured": found, **facts}, indent=2, default=str) + "\n"
 
 
 def as_text(measured: Sequence[Measured]) -> str:
     parts = []
     for one in measured:
         first, *others = one.variants
-        if one.scores[0].encoder == START:
+        if one.start:
             parts += [f"{one.samples}, {one.measure}, against the start:", as_table(one.measure, one.scores)]
         parts += [f"{one.samples}, {one.measure}, against {first.encoder}:", as_table(one.measure, one.variants)]
         for score, (mean, interval) in zip(others, against_first(one.variants), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pivot_megatron.data_prep.progress import track
 from pivot_megatron.recipe.answers import ExportedModel, answer_logprobs, greedy_answers
-from pivot_megatron.recipe.collect import curves, environment_facts, examples, setting_facts
+from pivot_megatron.recipe.collect import examples, setting_facts
 from pivot_megatron.recipe.demo_folder import MODELS, RUNS, Demo
 from pivot_megatron.recipe.demo_runs import run_config, train_run
 from pivot_megatron.recipe.demo_world import make_checkpoints, make_data
@@ -18,6 +18,7 @@ from pivot_megatron.recipe.export_checks import check_encoder, check_model, expo
 from pivot_megatron.recipe.held_out import answer_scores, blind_answers, preference_scores, read_held_out
 from pivot_megatron.recipe.phases import Phases
 from pivot_megatron.recipe.record import AnswerScore, DemoReport, ExportCheck, PreferenceScore, ProbeScore
+from pivot_megatron.recipe.run_facts import curves, environment_facts
 
 BLIND = "blind"
 """Answers without the image: what the questions alone give away."""

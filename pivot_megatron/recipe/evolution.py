@@ -51,11 +51,12 @@ class PhaseResult:
         return cls(**{**told, "probed": probed})
 
 
-def as_json(name: str, results: Sequence[PhaseResult]) -> str:
-    return json.dumps({"name": name, "phases": [asdict(result) for result in results]}, indent=2) + "\n"
+def as_json(name: str, results: Sequence[PhaseResult], **facts: Any) -> str:
+    return json.dumps({"name": name, "phases": [asdict(result) for result in results], **facts}, indent=2) + "\n"
 
 
-def as_table(results: Sequence[PhaseResult]) -> str:
+def table_rows(results: Sequence[PhaseResult]) -> list[tuple[str, ...]]:
+    """Heads, then a row a phase."""
     heads = (
         "phase",
         "objective",
@@ -67,8 +68,12 @@ def as_table(results: Sequence[PhaseResult]) -> str:
         "accuracy",
         "against the phase's start",
     )
-    rows = [heads, *(_row(result) for result in results)]
-    return aligned(rows, left=(0, 1, 2, len(heads) - 1))
+    return [heads, *(_row(result) for result in results)]
+
+
+def as_table(results: Sequence[PhaseResult]) -> str:
+    rows = table_rows(results)
+    return aligned(rows, left=(0, 1, 2, len(rows[0]) - 1))
 
 
 def _row(result: PhaseResult) -> tuple[str, ...]:

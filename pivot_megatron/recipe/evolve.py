@@ -20,9 +20,11 @@ from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
+from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
 from pivot_megatron.recipe.run_once import StoppedError, begun, finished, recorded, run_once, write_run
 from pivot_megatron.recipe.schedule import LinearProbe, Schedule
+from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import read_metrics, write_atomically
@@ -61,7 +63,7 @@ class Evolution:
                 print(f"evolve: stopped in {phase.name}, which has saved; the same command goes on", file=sys.stderr)
                 return False
             results.append(self.judge(phase.name))
-            write_atomically(self.schedule.out / "evolution.json", as_json(self.schedule.name, results))
+            self._tell(results)
             self.require_gate(results[-1])
         print(as_table(results))
         return True
@@ -80,6 +82,12 @@ class Evolution:
                 f"phase {result.name}: the probe's accuracy fell by {-100 * result.probed.difference:.2f} points, by more than "
                 f"{100 * most:.2f} for sure (phases: most_fallen); what it left is in {result.encoder}"
             )
+
+    def _tell(self, results: Sequence[PhaseResult]) -> None:
+        page = evolution_page(self.schedule, self.phases, results)
+        told = as_json(self.schedule.name, results, settings=page.settings, versions=page.versions)
+        write_atomically(self.schedule.out / "evolution.json", told)
+        write_page(page, self.schedule.out / "report.html")
 
     def _named(self, name: str) -> Phase:
         for phase in self.phases:

@@ -6,8 +6,7 @@ from itertools import combinations
 
 from pivot_megatron.probe.interval import Interval, difference, wilson
 from pivot_megatron.recipe.record import AnswerScore, DemoReport, PreferenceScore, ProbeScore
-
-INSIDE = "inside the noise"
+from pivot_megatron.report.intervals import verdict
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`higher`, `lower`, or `INSIDE` where the interval of the difference holds zero."""
-        if 0.0 in self.interval:
-            return INSIDE
-        return "higher" if self.change > 0 else "lower"
+        """`higher`, `lower`, or INSIDE where the interval of the difference holds zero."""
+        return verdict(self.change, self.interval.low, self.interval.high)
 
 
 def measures(report: DemoReport) -> list[Measure]:

@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, TypeVar
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.report.panels import Curve
 
 _Record = TypeVar("_Record")
-
-Curve = Sequence[tuple[int, float]]
-"""A metric over a run: `(step, value)` in order of step."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,12 @@
 """A demo's report in its two readable forms: one self-contained page, and a short table for the terminal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from pivot_megatron.recipe.charts import Series, line_chart
-from pivot_megatron.recipe.findings import INSIDE, Comparison, Estimate, comparisons, measures, models
+from pivot_megatron.recipe.findings import Comparison, Estimate, comparisons, measures, models
 from pivot_megatron.recipe.record import (
     AnswerScore,
-    Curve,
     DemoReport,
     Example,
     ExportCheck,
@@ -21,6 +14,9 @@ from pivot_megatron.recipe.record import (
     ProbeScore,
 )
 from pivot_megatron.recipe.tables import answer_table, change_table, preference_table, probe_table
+from pivot_megatron.report.intervals import INSIDE
+from pivot_megatron.report.panels import Curve, colours, run_panels
+from pivot_megatron.report.render import write_template
 
 __all__ = [
     "AnswerScore",
@@ -41,30 +37,11 @@ _PANELS = (
     ("chosen_rewards", "rejected_rewards"),
     ("chosen_logps", "rejected_logps"),
 )
-# The style sheet has six colours for models, two for the branches of a pair, and one for runs that are no model.
-_MODEL_COLOURS = 6
-_BRANCH_COLOURS = {"chosen": 6, "rejected": 7}
-_OTHER_COLOUR = 8
 
 
 def write_html(report: DemoReport, path: Path) -> None:
     """Write the report as one self-contained page: no scripts, no other files, nothing fetched."""
-    source = files("pivot_megatron.recipe").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(source).render(_page(report))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart of a run, and for each of its lines the name, the colour slot, the first and the last value."""
-
-    run: str
-    svg: Markup
-    legend: Sequence[tuple[str, int, str, str]]
+    write_template(path, "pivot_megatron.recipe", "report.html.j2", **_page(report))
 
 
 def _page(report: DemoReport) -> dict[str, Any]:
@@ -72,9 +49,10 @@ def _page(report: DemoReport) -> dict[str, Any]:
     found = measures(report)
     scored = models(found)
     shown_in_examples = [model for example in report.examples for model in example.answers]
-    slots = {name: i % _MODEL_COLOURS for i, name in enumerate(dict.fromkeys([*scored, *shown_in_examples]))}
+    slots = colours([*scored, *shown_in_examples])
     changes = [change for measure in found for change in comparisons(measure)]
-    shown, folded = _panels(report.curves, slots)
+    shown = run_panels(report.curves, slots, _PANELS)
+    folded = run_panels(report.curves, slots, _others(report.curves))
     return {
         "report": report,
         "slots": slots,
@@ -93,31 +71,14 @@ def _page(report: DemoReport) -> dict[str, Any]:
     }
 
 
-def _panels(curves: Mapping[str, Mapping[str, Curve]], slots: Mapping[str, int]) -> tuple[list[Panel], list[Panel]]:
-    """The charts of all runs: those to show, and those behind a fold. A run named like a model has its colour."""
+def _others(curves: Mapping[str, Mapping[str, Curve]]) -> list[tuple[str]]:
+    """The metrics that no panel of `_PANELS` has, each a panel of its own."""
     grouped = {name for group in _PANELS for name in group}
-    shown, folded = [], []
-    for run, metrics in curves.items():
-        groups = [[name for name in group if name in metrics] for group in _PANELS]
-        shown += [_panel(run, metrics, group, slots.get(run, _OTHER_COLOUR)) for group in groups if group]
-        folded += [
-            _panel(run, metrics, [name], slots.get(run, _OTHER_COLOUR)) for name in metrics if name not in grouped
-        ]
-    return shown, folded
-
-
-def _panel(run: str, metrics: Mapping[str, Curve], names: Sequence[str], slot: int) -> Panel:
-    slots = [_BRANCH_COLOURS.get(name.split("_")[0], slot) for name in names]
-    lines = [Series(name, metrics[name], colour) for name, colour in zip(names, slots, strict=True)]
-    svg = line_chart(lines, title=f"{run}: {', '.join(names)}")
-    # The chart escapes what it takes from the report.
-    return Panel(run, Markup(svg), [(line.name, line.slot, *_ends(line.points)) for line in lines])
-
-
-def _ends(points: Curve) -> tuple[str, str]:
-    if not points:
-        return "none", "none"
-    return f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"
+    return [
+        (name,)
+        for name in dict.fromkeys(name for metrics in curves.values() for name in metrics)
+        if name not in grouped
+    ]
 
 
 def _duration(seconds: float) -> str:

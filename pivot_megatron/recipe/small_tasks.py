@@ -69,7 +69,7 @@ class TaskReport:
         )
         return "\n\n".join(parts)
 
-    def as_json(self) -> str:
+    def as_json(self, **facts: Any) -> str:
         models = [
             {
                 "model": one.model,
@@ -81,6 +81,7 @@ class TaskReport:
         ]
         told = {
             "settings": asdict(self.settings),
+            **facts,
             "answers": as_records(self.answers()),
             "preferences": as_records(self.preferences()),
             "models": models,

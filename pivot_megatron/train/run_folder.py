@@ -40,8 +40,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def environment(device: str, world_size: int, kernels: Kernels) -> dict[str, Any]:
-    """Versions, git state and hardware, for the record."""
+def machine() -> dict[str, Any]:
+    """Versions, git state and hardware."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
@@ -55,10 +55,12 @@ def environment(device: str, world_size: int, kernels: Kernels) -> dict[str, Any
         "machine": platform.machine(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "device": device,
-        "processes": world_size,
-        **asdict(kernels),
     }
+
+
+def environment(device: str, world_size: int, kernels: Kernels) -> dict[str, Any]:
+    """Of a run, for the record."""
+    return {**machine(), "device": device, "processes": world_size, **asdict(kernels)}
 
 
 class RunFolder:

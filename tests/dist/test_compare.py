@@ -20,6 +20,7 @@ from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree
 from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
 from tests.harness import Workers
+from tests.html_page import whole_page
 
 
 def write_run(world: Path, folder: Path, name: str, **changes: Any) -> Path:  # noqa: F811
@@ -86,6 +87,8 @@ def test_the_command(
     start, dpo, sft = found["against_the_start"]["scores"]
     assert start["seeds"][0] == start["seeds"][1] and len(dpo["seeds"]) == len(sft["seeds"]) == 2
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert f"{100 * dpo['mean']:.2f}" in page.text and "learning rate 0.01" in page.text and "torch" in page.text
     keys = [
         [line["keys"] for line in read_metrics(tmp_path / "out" / "all" / name / seed / "run")]
         for seed in ("seed-1", "seed-2")

@@ -27,6 +27,7 @@ from pivot_megatron.requeue import StopRequests, mark_path
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree, make_world, train_at
 from tests.harness import Workers
+from tests.html_page import whole_page
 
 FREEZE = [{"match": "encoder.*", "rate": "frozen"}]
 
@@ -117,6 +118,10 @@ def test_an_encoder_goes_through_two_heads(
     assert read_metrics(out / "dpo-wider" / "run")[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
     encoders = json.loads((out / "dpo-wider" / "linear.json").read_text())["scores"]
     assert [score["encoder"] for score in encoders] == [str(out / name / "encoder") for name in ("dpo", "dpo-wider")]
+
+    page = whole_page(out / "report.html")
+    assert all(f"{100 * phase['probed']['accuracy']:.2f}" in page.text for phase in told if phase["probed"])
+    assert page.text.count("encoder as it was, bit for bit") == 2 and "torch" in page.text
 
     before = json.dumps(told)
     assert main(["evolve", str(file)]) == 0 and len(launcher.runs) == 4

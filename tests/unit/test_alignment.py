@@ -23,6 +23,7 @@ from pivot_megatron.probe.captions import CaptionSet
 from pivot_megatron.probe.features import layer_features
 from pivot_megatron.probe.language_model import text_features
 from pivot_megatron.probe.opening import opened
+from tests.html_page import whole_page
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -129,5 +130,6 @@ def test_the_command(models: tuple[list[Path], Path], tmp_path: Path, capsys: py
     assert lines[-1] == "chance, of one pair of layers: 12.82"
     found = json.loads((tmp_path / "out" / "alignment.json").read_text())
     assert [0.0 <= score["mean"] <= 1.0 and -1e-9 <= score["cka"] <= 1.0 for score in found["scores"]] == [True] * 3
+    assert "chance" in whole_page(tmp_path / "out" / "report.html").text and found["versions"]["torch"]
     assert main([*map(str, words), "--count", "41"]) == 2
     assert "expected 41 images with a caption, found 40" in capsys.readouterr().err

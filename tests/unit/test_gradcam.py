@@ -24,6 +24,7 @@ from pivot_megatron.probe import gradcam
 from pivot_megatron.probe.gradcam_figure import Panel, write_figure
 from pivot_megatron.probe.patch_grid import Box, PatchGrid
 from pivot_megatron.probe.questions import Question
+from tests.html_page import whole_page
 
 SAMPLE: dict[str, Any] = {"image": "0.png", "question": "what is it", "chosen": "a red circle", "rejected": "a square"}
 
@@ -93,6 +94,8 @@ def test_maps_figures_and_scores(run: Run, tmp_path: Path) -> None:
         assert seen[0]["energy_chance"] == pytest.approx(48 * 26.5 / (96 * 48))
         assert seen[0]["pointing"] == found["pointing"]["scores"][place]["mean"] and "energy" not in seen[1]
     assert found["samples"][0]["seen"][0]["losses"][0] == pytest.approx(np.log(2))  # the model is its own reference
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert len(page.addresses) == 3 and page.text.count("a red circle") == 3
     for sample in found["samples"]:
         with Image.open(tmp_path / "out" / sample["figure"]) as figure:
             assert figure.width == 5 * 384

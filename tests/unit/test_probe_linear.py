@@ -14,6 +14,7 @@ from pivot_megatron.cli import main
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.probe.interval import Interval, wilson
 from pivot_megatron.probe.table import Score, against_first, as_table
+from tests.html_page import whole_page
 
 COLORS = {"blue": (20, 30, 200), "green": (10, 160, 40), "red": (220, 20, 30)}
 
@@ -57,6 +58,8 @@ def test_a_planted_class_is_read_and_noise_is_not(
     found = json.loads(out)
     assert code == 0 and json.loads((tmp_path / "out" / "linear.json").read_text()) == found
     assert (found["classes"], found["test_images"]) == (3, 90)
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert "scikit-learn" in page.text and "3 classes, 10 training images of each, 90 test images" in page.text
     for score in found["scores"]:
         assert low <= score["mean"] <= high and low <= np.mean(score["prototypes"]) <= high
         assert len(score["draws"]) == 3 and score["features"] == "hidden_states[1]"

@@ -3,15 +3,13 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.interval import wilson
-from pivot_megatron.recipe.charts import Series, line_chart, nice_ticks
-from pivot_megatron.recipe.findings import INSIDE, comparisons, measures, pooled
+from pivot_megatron.recipe.findings import comparisons, measures, pooled
 from pivot_megatron.recipe.report import (
     AnswerScore,
     DemoReport,
@@ -22,9 +20,11 @@ from pivot_megatron.recipe.report import (
     terminal_table,
     write_html,
 )
+from pivot_megatron.report.charts import Series, line_chart, nice_ticks
+from pivot_megatron.report.intervals import INSIDE
+from tests.html_page import Page
 
 PIXEL = base64.b64encode(b"\x89PNG not really").decode()
-VOID = {"meta", "img", "br", "line"}
 
 
 def probe(encoder: str, correct: int, total: int = 540) -> ProbeScore:
@@ -55,37 +55,6 @@ REPORT = DemoReport(
     examples=[Example("colour", PIXEL, "Which colour is <b>it</b>?", "Red", {"sft": "blue", "dpo": " red"}, ["dpo"])],
     exports=[ExportCheck("dpo", "out/export/dpo", False, 4.8e-7, 3, 51)],
 )
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects the text and every address a browser would fetch."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(source)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "srcset", "xlink:href"}]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
 
 
 def page(report: DemoReport, folder: Path) -> tuple[str, Page]:

@@ -12,6 +12,7 @@ from PIL import Image
 from pivot_megatron.cli import main
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.probe.label_maps import LabelMap, class_colors, side_by_side
+from tests.html_page import whole_page
 from tests.masked import COLORS, corners, pairs, png, write_folder, write_parquet
 
 
@@ -53,6 +54,8 @@ def test_colors_are_read_and_noise_is_not(
             recalls = [epoch["recall"] for epoch in seed["epochs"]]
             assert max(recalls) == recalls[seed["best_epoch"] - 1] == pytest.approx(mean)
     assert "train, 64 of 64 masks" in err and "head 2 of 2: epoch 12 of 12, macro recall" in err
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert "Macro recall" in page.text and "Maps" in page.text
     picture = Image.open(tmp_path / "out" / "segmentation.png")
     assert picture.width > 4 * 100 and picture.height > 6 * 100
 

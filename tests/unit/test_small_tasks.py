@@ -14,6 +14,7 @@ from pivot_megatron.data_prep.synthetic import write_conversations, write_pairs
 from pivot_megatron.recipe.held_out import HeldOut
 from pivot_megatron.recipe.small_tasks import Answered, TaskReport, TaskSettings
 from tests.dist.runs import make_world
+from tests.html_page import whole_page
 
 
 def pair(task: str, label: str) -> HeldOut:
@@ -49,6 +50,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     one, same = found["models"]
     assert one["texts"] == same["texts"] and len(one["texts"]) == 4
     assert found["preferences"]["against_the_first"][0]["difference"] == 0.0
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert one["texts"][0] in page.text and "pairs ranked right" in page.text.lower() and "torch" in page.text
     capsys.readouterr()
     assert run(world / "encoder") == 2 and "expected model_type llava" in capsys.readouterr().err
     assert run(tmp_path / "mllm", more=["--count", "0"]) == 2

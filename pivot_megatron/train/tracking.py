@@ -160,13 +160,17 @@ class Held:
     """What a tracker was given, beside its own files: its run's id, and the last step."""
 
     def __init__(self, folder: Path, new_id: str) -> None:
-        """Raises OSError where the folder cannot be made."""
+        """Raises OSError where the folder cannot be made, UserError where the file is not one of these."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "held.json"
         new: dict[str, Any] = {"id": new_id, "step": 0}
-        found = json.loads(self._path.read_text()) if self._path.exists() else new
-        self.id: str = found["id"]
-        self.step: int = found["step"]
+        try:
+            found = json.loads(self._path.read_text()) if self._path.exists() else new
+            self.id, self.step = str(found["id"]), int(found["step"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"tracking: {self._path}: expected an id and a step, found something else; remove it, and the tracker begins anew"
+            ) from None
         self.up_to(self.step)
 
     def up_to(self, step: int) -> None:

@@ -24,7 +24,7 @@ from pivot_megatron.config.schema import RunConfig, Tracking
 from pivot_megatron.errors import UserError
 from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import RunFolder, read_metrics
-from pivot_megatron.train.tracking import Follower, Trackers, require_trackers
+from pivot_megatron.train.tracking import Follower, Held, Trackers, require_trackers
 from tests.unit.test_config import VALID
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the tracking extra: wandb")
@@ -171,6 +171,13 @@ def test_a_missing_package_is_one_line(key: str, asked: Any, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, key, None)
     with pytest.raises(UserError, match=rf"^tracking.{key}: .*pip install 'pivot-megatron\[tracking\]'.*$"):
         require_trackers(Tracking(**{key: asked}))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"id": "a"}', '{"id": "a", "step": null}'])
+def test_a_broken_record_of_what_is_held_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "held.json").write_text(text)
+    with pytest.raises(UserError, match=r"^tracking: .*held.json: expected an id and a step.*$"):
+        Held(tmp_path, "id")
 
 
 @pytest.mark.parametrize("written", ["off", "false", '"off"'])

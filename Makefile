@@ -48,6 +48,7 @@ docs: $(STAMP)
 	mv docs/configuration.md.part docs/configuration.md
 
 constraints: $(DALI)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dali,tracking]'
 	$(BIN)/python tools/constraints.py constraints.txt
 	touch $(STAMP) $(DALI)
 

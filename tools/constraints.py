@@ -1,6 +1,7 @@
 """Write the versions that this environment runs with into constraints.txt, and keep those of the other Python.
 
-Only what the project and its `dev` and `dali` extras need is written, so packages installed by hand beside them stay out.
+Only what the project and its `dev`, `dali` and `tracking` extras need is written, so packages installed by hand beside them
+stay out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def installed() -> dict[str, str]:
     """Name to version of everything the project and its extras need here, local suffixes such as `+cpu` cut off."""
     found: dict[str, str] = {}
     done: set[tuple[str, str]] = set()
-    todo = [(PROJECT, ""), (PROJECT, "dev"), (PROJECT, "dali")]
+    todo = [(PROJECT, ""), (PROJECT, "dev"), (PROJECT, "dali"), (PROJECT, "tracking")]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in done:

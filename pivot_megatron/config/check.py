@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pivot_megatron.config.schema import Checkpoints, Component, Dpo, Faults, Layout, Precision, RunConfig
+from pivot_megatron.config.schema import Checkpoints, Component, Dpo, Faults, Layout, Precision, RunConfig, Tracking
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -18,6 +18,7 @@ def problems(config: RunConfig) -> list[str]:
         *_objective(config),
         *_checkpoints(config.checkpoints),
         *_faults(config.faults),
+        *_tracking(config.tracking),
     ]
 
 
@@ -205,3 +206,9 @@ def _faults(faults: Faults) -> Iterator[str]:
     for key in ("seconds_to_hang", "seconds_for_files", "seconds_silent"):
         if (seconds := getattr(faults, key)) <= 0:
             yield f"faults.{key}: must be positive, found {seconds}"
+
+
+def _tracking(tracking: Tracking) -> Iterator[str]:
+    project = tracking.project
+    if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
+        yield f"tracking.project: 1 to 128 characters, none of / \\ # ? % :, as wandb wants it, found {project!r}"

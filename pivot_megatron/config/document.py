@@ -43,6 +43,7 @@ _MEANINGS: Mapping[str, str] = {
     "RunConfig.recompute": "activations traded for time",
     "RunConfig.checkpoints": "when to save and how much to keep",
     "RunConfig.faults": "harmful steps, hanging processes, slow ones",
+    "RunConfig.tracking": "who else is told what `metrics.jsonl` is told",
     "RunConfig.seed": "of the sample order and of fresh weights",
     "Model.encoder": "the vision encoder",
     "Model.llm": "the language model that serves as the head",
@@ -130,6 +131,9 @@ _MEANINGS: Mapping[str, str] = {
     "Faults.seconds_silent": "without a sign of life a process counts as dead",
     "Faults.straggler_factor": "a process this many times slower than the median is named on stderr; more than 1",
     "Faults.straggler_steps": "steps over which processes are compared, a line in `stragglers.jsonl` each time",
+    "Tracking.wandb": "Weights & Biases; `offline`: files alone, for `wandb sync` (`pip install 'pivot-megatron[tracking]'`)",
+    "Tracking.project": "of wandb; its entity is the login's own, or `WANDB_ENTITY`",
+    "Tracking.tensorboard": "TensorBoard's event files (`pip install 'pivot-megatron[tracking]'`)",
 }
 
 

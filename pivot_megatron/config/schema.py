@@ -339,6 +339,24 @@ class Faults(Strict):
     straggler_steps: int = 20
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+@dataclass(frozen=True)
+class Tracking(Strict):
+    """Who is told, beside `metrics.jsonl`, what is written there, step by step. It needs the `tracking` extra.
+
+    wandb's files are in the run's folder `wandb`, TensorBoard's in `tensorboard`. Where wandb's server cannot be reached an
+    `online` run goes on `offline`; neither ever ends a run, or holds it up.
+    """
+
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = "off"
+    project: str = "pivot"
+    tensorboard: bool = False
+
+
 @dataclass(frozen=True)
 class RunConfig(Strict):
     name: str
@@ -354,4 +372,5 @@ class RunConfig(Strict):
     recompute: Recompute = field(default_factory=Recompute)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     faults: Faults = field(default_factory=Faults)
+    tracking: Tracking = field(default_factory=Tracking)
     seed: int = 777

@@ -37,7 +37,7 @@ def record(session: Session, data: StepData, result: StepResult, step_seconds: f
     session.bad |= {d.index for d in dropped if d.bad}
     if not is_main_process():
         return len(dropped)
-    session.folder.log(
+    line = session.folder.log(
         {
             "step": session.done,
             "loss": result.loss,
@@ -55,6 +55,7 @@ def record(session: Session, data: StepData, result: StepResult, step_seconds: f
             **result.metrics,
         }
     )
+    session.trackers.log(line)
     if dropped:
         session.folder.log_dropped(session.done, dropped)
     return len(dropped)

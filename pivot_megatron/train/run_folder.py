@@ -69,7 +69,7 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = config.out
         self.checkpoints = self.path / "checkpoints"
-        self._metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
         self.dropped = self.path / "dropped.jsonl"
         self._saving = 0.0
         self.faults = self.path / "faults.jsonl"
@@ -86,15 +86,27 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`, which a run that resumes from there will write again."""
-        for path in (self._metrics, self.dropped, self.faults, self._stragglers):
+        for path in (self.metrics, self.dropped, self.faults, self._stragglers):
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
                 write_atomically(path, "".join(line + "\n" for line in lines))
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """With `save_seconds`, for which checkpoints held up training since the line before."""
-        self._append(self._metrics, [{**line, "save_seconds": self._saving}])
+    def log(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """With `save_seconds`, for which checkpoints held up training since the line before. Returns it as it was written."""
+        written: dict[str, Any] = _finite({**line, "save_seconds": self._saving})
+        self._append(self.metrics, [written])
         self._saving = 0.0
+        return written
+
+    def last_step(self) -> int:
+        """Of the newest line of metrics; 0 where there is none."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def described(self) -> dict[str, str]:
+        """The texts of the resolved config (YAML) and of the environment (JSON), by name."""
+        files = {"config": "config.yaml", "environment": "environment.json"}
+        return {name: (self.path / file).read_text() for name, file in files.items()}
 
     def held_up(self, seconds: float) -> None:
         """By a checkpoint; the next line says so."""
@@ -103,7 +115,7 @@ class RunFolder:
     def means_since(self, step: int) -> dict[str, float]:
         """Each metric's mean over the lines of applied steps after `step`."""
         values: dict[str, list[float]] = {}
-        for line in reversed(self._metrics.read_text().splitlines()):
+        for line in reversed(self.metrics.read_text().splitlines()):
             if _step_of(line) <= step:
                 break
             found = json.loads(line)

@@ -44,6 +44,7 @@ from pivot_megatron.train.optimizer import Optimization, apply_rules, before_red
 from pivot_megatron.train.reference import ReferencePass, frozen_model
 from pivot_megatron.train.run_folder import RunFolder, environment
 from pivot_megatron.train.stragglers import StragglerWatch
+from pivot_megatron.train.tracking import Trackers, require_trackers
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Session:
     watch: Watch
     stopwatch: Stopwatch
     stragglers: StragglerWatch
+    trackers: Trackers
 
     def begins(self, phase: str) -> None:
         """With the step that is made next."""
@@ -106,9 +108,11 @@ def described(config: RunConfig, start: Model) -> tuple[Description, Architectur
     return description, arch, loader
 
 
-def prepare(config: RunConfig, watch: Watch, before_batch: Callable[[], None]) -> Session:
-    """`before_batch`: called before each batch of a reference pass, which it may end by raising."""
+def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: Callable[[], None]) -> Session:
+    """`trackers`: opened last, on the main process, where there are steps to make. `before_batch`: called before each batch of a
+    reference pass, which it may end by raising."""
     require_metric(config)
+    on_main_process(lambda: require_trackers(config.tracking))
     folder = RunFolder(config)
     newest = newest_checkpoint(folder.checkpoints)
     # A resumed run's reference is the model that it began from, whatever the folder it came from has become since.
@@ -143,6 +147,9 @@ def prepare(config: RunConfig, watch: Watch, before_batch: Callable[[], None]) -
         checkpointer.load(newest, wrapped, optimization)
     if is_main_process():
         folder.rewind(done)
+    if done < steps:
+        watch.at("opening trackers", files=True)
+        on_main_process(lambda: trackers.open(config))
     session = Session(
         config,
         folder,
@@ -161,6 +168,7 @@ def prepare(config: RunConfig, watch: Watch, before_batch: Callable[[], None]) -
         watch,
         Stopwatch(current_platform()),
         StragglerWatch(config.faults),
+        trackers,
     )
     before_reduction(wrapped, lambda: _computed(session))
     return session

@@ -33,6 +33,7 @@ from pivot_megatron.train.run_folder import RunFolder
 from pivot_megatron.train.session import Session, described, prepare
 from pivot_megatron.train.step import StepResult, observed, train_step
 from pivot_megatron.train.stopping import Stopped, agreed_signal, as_tally, in_tally, stop_if_asked
+from pivot_megatron.train.tracking import Trackers
 
 Report = Callable[[int, int, StepResult], None]
 """Called on the main process after each step with (steps done, steps in all, result)."""
@@ -44,11 +45,11 @@ def train(config: RunConfig, report: Report = lambda *_: None, requests: StopReq
     Where any rank's `requests` ask to stop, the run ends early: saved, and marked for being started again.
     """
     requests = requests or StopRequests()
-    with _watched(config) as watch:
+    with Trackers(config.name) as trackers, _watched(config) as watch:
         if is_main_process():
             remove_mark(config.out)
         try:
-            session = prepare(config, watch, _before_reference_batch(watch, requests))
+            session = prepare(config, watch, trackers, _before_reference_batch(watch, requests))
             stop_if_asked(requests)
         except Stopped as stopped:
             _mark(config, stopped.signal)

@@ -122,6 +122,7 @@ NOT_THE_PAPERS = (
     "layout.*",
     "objective.reference",  # frozen either way: the model that the run starts from
     "precision.*",
+    "tracking.*",
 )
 LINEARS = ("projector.encoder.linear_fc1.weight", "projector.encoder.linear_fc2.weight")
 COMPARED_AS_RATES = ("optimizer.learning_rate", "parameters", "parameters.*")

@@ -1,0 +1,178 @@
+"""Trackers: every line of a run's metrics.jsonl to wandb and TensorBoard, which can neither end a run nor hold it up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any, Protocol
+
+from pivot_megatron.config.schema import RunConfig, Tracking
+from pivot_megatron.errors import UserError
+from pivot_megatron.train.run_folder import RunFolder, read_metrics, write_atomically
+
+SECONDS_TO_START = 60.0
+SECONDS_TO_FINISH = 30.0
+"""What is not uploaded when a run has ended, or is stopped, waits for so long; it stays in the run's folder."""
+_GRACE = 15.0  # for a tracker that keeps to its own time
+
+
+class Tracker(Protocol):
+    """`held`: the last step that it has already, of this run or of one that was broken off."""
+
+    name: str
+    held: int
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """`values`: numbers, booleans and texts by name, without those that are null. Steps only rise."""
+
+    def close(self, failed: bool) -> None:
+        """Once, after the last step. `failed`: whether the run ended by an error."""
+
+
+def require_trackers(tracking: Tracking) -> None:
+    """Raises UserError where a tracker's package or login is missing."""
+    for key, wanted in (("wandb", tracking.wandb != "off"), ("tensorboard", tracking.tensorboard)):
+        if wanted and importlib.util.find_spec(key) is None:
+            off = "off" if key == "wandb" else "false"
+            raise UserError(
+                f"tracking.{key}: expected the package {key}, found none: pip install 'pivot-megatron[tracking]', "
+                f"or set tracking.{key}: {off}"
+            )
+    if tracking.wandb == "online":
+        from pivot_megatron.train.track_wandb import require_login
+
+        require_login()
+
+
+class Trackers:
+    """Those that a config asks for; none until they are opened. `run`: its name, for what is said on stderr."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._followers: list[Follower] = []
+
+    def open(self, config: RunConfig) -> None:
+        """On the main process, when its folder is as the run goes on from it. Lines that a tracker lacks it is given first.
+
+        Raises UserError where one does not start.
+        """
+        folder = RunFolder(config)
+        for tracker in _opened(config, folder):
+            self._followers.append(Follower(tracker, self._run))
+        for line in read_metrics(config.out) if self._followers and folder.metrics.exists() else ():
+            self.log(line)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """A line as metrics.jsonl has it. Returns at once."""
+        for follower in self._followers:
+            follower.log(line)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for follower in self._followers:
+            follower.end(failed=kind is not None)
+        for follower in self._followers:
+            follower.wait()
+
+
+def _opened(config: RunConfig, folder: RunFolder) -> list[Tracker]:
+    """Each module is imported only where its tracker is asked for."""
+    trackers: list[Tracker] = []
+    try:
+        if config.tracking.wandb != "off":
+            from pivot_megatron.train.track_wandb import WandbTracker
+
+            trackers.append(WandbTracker(config, folder.described()))
+        if config.tracking.tensorboard:
+            from pivot_megatron.train.track_tensorboard import TensorBoardTracker
+
+            trackers.append(TensorBoardTracker(config.out / "tensorboard", folder.described(), folder.last_step()))
+    except OSError as error:
+        raise UserError(
+            f"tracking: cannot write to {error.filename} ({error.strerror}); choose another folder"
+        ) from None
+    return trackers
+
+
+class Follower:
+    """A tracker on a thread of its own."""
+
+    def __init__(self, tracker: Tracker, run: str, seconds_to_finish: float = SECONDS_TO_FINISH + _GRACE) -> None:
+        self._tracker = tracker
+        self._run = run
+        self._seconds = seconds_to_finish
+        self._held = tracker.held
+        self._lines: SimpleQueue[Mapping[str, Any] | bool] = SimpleQueue()
+        self._given = 0
+        self._lost = 0
+        self._thread = Thread(target=self._follow, name=f"tracker {tracker.name}", daemon=True)
+        self._thread.start()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        if line["step"] > self._held:
+            self._given += 1
+            self._lines.put(line)
+
+    def end(self, failed: bool) -> None:
+        self._lines.put(failed)
+
+    def wait(self) -> None:
+        """For what is left, so long as it may take."""
+        self._thread.join(self._seconds)
+        if self._thread.is_alive():
+            self._say(f"has not finished after {self._seconds:g} s and is left; metrics.jsonl has every line")
+        elif self._lost:
+            self._say(f"{self._lost} of {self._given} lines were not taken; metrics.jsonl has them")
+
+    def _follow(self) -> None:
+        while not isinstance(line := self._lines.get(), bool):
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            try:
+                self._tracker.log(line["step"], values)
+            except Exception as error:  # whatever it is: training is not to end for it
+                self._lost += 1
+                if self._lost == 1:
+                    self._say(f"step {line['step']} was not taken ({_told(error)}); training goes on")
+        try:
+            self._tracker.close(failed=line)
+        except Exception as error:
+            self._say(f"not closed ({_told(error)})")
+
+    def _say(self, text: str) -> None:
+        print(f"{self._run}: tracking.{self._tracker.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+
+
+class Held:
+    """What a tracker was given, beside its own files: its run's id, and the last step."""
+
+    def __init__(self, folder: Path, new_id: str) -> None:
+        """Raises OSError where the folder cannot be made, UserError where the file is not one of these."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "held.json"
+        new: dict[str, Any] = {"id": new_id, "step": 0}
+        try:
+            found = json.loads(self._path.read_text()) if self._path.exists() else new
+            self.id, self.step = str(found["id"]), int(found["step"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"tracking: {self._path}: expected an id and a step, found something else; remove it, and the tracker begins anew"
+            ) from None
+        self.up_to(self.step)
+
+    def up_to(self, step: int) -> None:
+        self.step = step
+        write_atomically(self._path, json.dumps({"id": self.id, "step": step}) + "\n")

@@ -315,7 +315,7 @@ from pivot_megatron.cli import main
 from pivot_megatron.convert import saving
 
 write = saving._write_bucket
-saving._write_bucket = lambda request, *a: time.sleep(600) if "step-000004" in a[1][0] else write(request, *a)
+saving._write_bucket = lambda request, *a: write(request, *a) if "step-000002" in a[1][0] else time.sleep(600)
 main(sys.argv[1:])
 """
 
@@ -333,7 +333,7 @@ def test_kill_while_writing(data: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list((run / "checkpoints").glob(".step-000004.*"))
+    assert list((run / "checkpoints").glob(".step-*"))  # the fourth, or a later one where a slow disk put that off
     assert [step for step, _ in steps_in(run / "checkpoints")] == [2]
     subprocess.run([*train, str(path)], check=True)
     assert steps_of(run)[-1] == 6

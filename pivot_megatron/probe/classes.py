@@ -17,6 +17,7 @@ from pivot_megatron.probe.image_set import ImageSet
 from pivot_megatron.probe.interval import wilson
 from pivot_megatron.probe.linear import ProbeResult, few_a_class, linear_probe, prototype_accuracy
 from pivot_megatron.probe.opening import opened, require_sources
+from pivot_megatron.probe.stored import tars_at
 from pivot_megatron.probe.table import Score, as_json, as_table
 
 
@@ -66,6 +67,13 @@ def linear_score(encoder: str, features: str, draws: Sequence[ProbeResult], prot
 
 def _record(draw: ProbeResult) -> dict[str, object]:
     return {name: value for name, value in asdict(draw).items() if name != "right"}
+
+
+def require_sets(settings: LinearSettings) -> None:
+    """Raises UserError where there is nothing at `train` or `test`, before work is done that is to be probed. What is there is
+    looked at by the probe itself."""
+    for where in (settings.train, settings.test):
+        tars_at(where)
 
 
 def probe_encoders(

@@ -14,7 +14,7 @@ from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe.classes import LinearSettings, probe_encoders
+from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
@@ -49,6 +49,7 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         raise UserError(f"--seeds: expected two or more that differ, found {', '.join(map(str, settings.seeds))}")
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
+    require_sets(settings.probe)
     every = members(configs, settings.seeds, settings.counts, settings.out)
     for member in every:
         write_run(member.name, member.config)

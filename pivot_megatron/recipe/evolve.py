@@ -17,7 +17,7 @@ from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RuleError, RunError, UserError
-from pivot_megatron.probe.classes import LinearSettings, probe_encoders
+from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
 from pivot_megatron.recipe.evolution_page import evolution_page
@@ -54,6 +54,8 @@ class Evolution:
         """Every phase that is not finished, in `processes` on this machine (one a GPU, or the layout's own, where it is None).
         False where one was asked to stop, which has saved. Raises RuleError where an encoder has fallen past a phase's gate."""
         self.write_runs()
+        if self.schedule.probe is not None:
+            require_sets(_settings(self.schedule.probe))
         results = []
         for n, phase in enumerate(self.phases):
             print(f"evolve: [{n + 1}/{len(self.phases)}] {phase.name}", file=sys.stderr, flush=True)
@@ -152,10 +154,16 @@ def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
     return bool(changed_parameters(checkpoint, start, config.seed, names))
 
 
+def _settings(probe: LinearProbe) -> LinearSettings:
+    return LinearSettings(probe.train, probe.test, probe.per_class, probe.draws, probe.seed, batch=probe.batch)
+
+
 def _probed(probe: LinearProbe, before: Path, after: Path, out: Path) -> Probed:
-    settings = LinearSettings(probe.train, probe.test, probe.per_class, probe.draws, probe.seed, batch=probe.batch)
     report = probe_encoders(
-        [before, after], settings, out / "features", lambda told: print(f"probe: {told}", file=sys.stderr, flush=True)
+        [before, after],
+        _settings(probe),
+        out / "features",
+        lambda told: print(f"probe: {told}", file=sys.stderr, flush=True),
     )
     write_atomically(after.parent / "linear.json", report.as_json() + "\n")
     ((difference, interval),) = against_first(report.scores)

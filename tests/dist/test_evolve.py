@@ -127,6 +127,8 @@ def test_an_encoder_goes_through_two_heads(
     assert main(["evolve", str(file)]) == 0 and len(launcher.runs) == 4
     assert json.dumps(json.loads((out / "evolution.json").read_text())["phases"]) == before
     assert main(["evolve", str(file), "--judge", "dpo"]) == 0 and main(["evolve", str(file), "--judge", "x"]) == 2
+    assert main(["evolve", str(file), f"probe.test={tmp_path / 'nowhere'}", f"out={tmp_path / 'new'}"]) == 2
+    assert not (tmp_path / "new" / "align" / "run").exists()  # said before anything is trained
     assert "--judge: expected one of align, dpo, realign, dpo-wider, found x" in capsys.readouterr().err
     assert main(["evolve", str(file), "phases.1.run.objective.beta=0.7"]) == 2
     assert "phase dpo: objective: begun with" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from PIL import Image
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.data.views import pixels_of
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe import features, patch_files
+from pivot_megatron.probe import features as feature_files
+from pivot_megatron.probe import patch_files
 from pivot_megatron.probe.masked import MaskedImages
 from pivot_megatron.probe.opening import opened
 from pivot_megatron.probe.patch_classes import patch_classes
@@ -102,7 +103,7 @@ def test_sets_hold_features_and_classes_of_every_image(
     none."""
     monkeypatch.setattr("pivot_megatron.probe.patch_set.IMAGES_A_FILE", 3)
     monkeypatch.setattr(patch_files, "IMAGES_A_FILE", 3)
-    monkeypatch.setattr(features, "_SECONDS_BETWEEN_WORDS", -1.0)
+    monkeypatch.setattr(feature_files, "_SECONDS_BETWEEN_WORDS", -1.0)
     some = pairs(8, seed=4)
     images = MaskedImages.opened(write_folder(tmp_path, "train", some))
     told: list[str] = []

@@ -94,6 +94,7 @@ def _evolve(args: argparse.Namespace) -> int:
                 print(f"{phase.name}\t{file}")
         elif args.judge:
             result = evolution.judge(args.judge)
+            evolution.tell_judged()
             print(as_table([result]))
             evolution.require_gate(result)
         else:

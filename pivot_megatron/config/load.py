@@ -106,9 +106,17 @@ def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: {what}{named}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    tree = _unshared(tree)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {'nothing' if tree is None else repr(tree)[:60]}")
     return tree
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which nothing stands twice: YAML's aliases are one object, of which an override would change every place."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pivot_megatron.checkpoints.folder import resolve_checkpoint
+from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
 from pivot_megatron.config.schema import Component, Encoder, Layout, Model, Precision, Recompute
 from pivot_megatron.convert.assembled import take_apart
 from pivot_megatron.convert.export import (
@@ -132,7 +132,12 @@ def export_checkpoint(
     if original is not None:
         _require_same(arch, original)
     trained, lacks = Trained(arch, CheckpointParameters(checkpoint / "tensors")), list[str]()
-    facts = {"checkpoint": str(checkpoint), "part": part, "feature_layer": description.feature_layer}
+    facts = {
+        "checkpoint": str(checkpoint),
+        "id": facts_of(checkpoint)["id"],
+        "part": part,
+        "feature_layer": description.feature_layer,
+    }
     if arch.encoder.native:
         facts["max_patches"] = description.max_patches  # none: the image processor's own
     else:

@@ -15,7 +15,7 @@ from pivot_megatron.convert.plan import COMPONENTS, Slice, component_rows, join,
 from pivot_megatron.convert.start import fresh_parameters
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
-from pivot_megatron.errors import RunError
+from pivot_megatron.errors import RuleError
 from pivot_megatron.families.table import Row
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.model.freeze import rate_of
@@ -43,10 +43,10 @@ def changed_parameters(checkpoint: Path, start: Model, seed: int, names: Collect
 
 
 def require_frozen(checkpoint: Path, start: Model, seed: int, rules: Sequence[ParameterRule]) -> int:
-    """How many parameters `rules` freeze. Raises RunError naming one that is not as the run began from it."""
+    """How many parameters `rules` freeze. Raises RuleError naming one that is not as the run began from it."""
     names = frozen_names(describe(checkpoint).architecture(), rules)
     if changed := changed_parameters(checkpoint, start, seed, set(names)):
-        raise RunError(
+        raise RuleError(
             f"{checkpoint}: {len(changed)} of {len(names)} frozen parameters are not what the run began from (first: "
             f"{changed[0]}); keep nothing of this run"
         )

@@ -72,8 +72,17 @@ def _record(draw: ProbeResult) -> dict[str, object]:
 def require_sets(settings: LinearSettings) -> None:
     """Raises UserError where there is nothing at `train` or `test`, before work is done that is to be probed. What is there is
     looked at by the probe itself."""
+    _require_counts(settings)
     for where in (settings.train, settings.test):
         tars_at(where)
+
+
+def _require_counts(settings: LinearSettings) -> None:
+    if min(settings.draws, settings.per_class, settings.batch) < 1:
+        raise UserError(
+            f"--per-class, --draws, --batch: expected 1 or more, found {settings.per_class}, {settings.draws} and "
+            f"{settings.batch}"
+        )
 
 
 def probe_encoders(
@@ -81,11 +90,7 @@ def probe_encoders(
 ) -> LinearReport:
     """Raises UserError for sets that do not go together, too few images of a class, draws that are the same, and an encoder that
     is not whole."""
-    if min(settings.draws, settings.per_class, settings.batch) < 1:
-        raise UserError(
-            f"--per-class, --draws, --batch: expected 1 or more, found {settings.per_class}, {settings.draws} and "
-            f"{settings.batch}"
-        )
+    _require_counts(settings)
     require_sources(encoders, settings.projected)
     train, test = ImageSet.opened(settings.train), ImageSet.opened(settings.test)
     _require_matching(settings, train, test)

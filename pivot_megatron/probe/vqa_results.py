@@ -134,7 +134,7 @@ def _is_number(value: object) -> bool:
 
 def _partial(tree: Mapping[str, Any], task: str) -> str | None:
     """What part of its samples a task ran on, where it is not all."""
-    config, count = tree.get("config", {}), tree.get("n-samples", {}).get(task, {})
+    config, count = tree.get("config") or {}, (tree.get("n-samples") or {}).get(task) or {}
     ran, there, offset = count.get("effective"), count.get("original"), config.get("offset")
     if not offset and (config.get("limit") is None or (ran == there and count)):
         return None

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
 from pivot_megatron.config.schema import RunConfig
-from pivot_megatron.convert.commands import export_checkpoint
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
+from pivot_megatron.recipe.held_out import read_held_out
 from pivot_megatron.recipe.run_facts import environment_facts, run_told
-from pivot_megatron.recipe.run_once import StoppedError, recorded, run_once, write_run
+from pivot_megatron.recipe.run_once import StoppedError, export_once, recorded, run_once, write_run
 from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
 from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
+from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import write_atomically
 
 
@@ -50,6 +53,10 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
     require_sets(settings.probe)
+    if settings.pairs is not None:
+        read_held_out(settings.pairs)
+    _require_counts(settings.counts, configs)
+    start = _start(next(iter(configs.values())))
     every = members(configs, settings.seeds, settings.counts, settings.out)
     for member in every:
         write_run(member.name, member.config)
@@ -60,12 +67,12 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         except StoppedError:
             print(f"compare: stopped in {member.name}, which has saved; the same command goes on", file=sys.stderr)
             return False
-        if not member.encoder.exists():
-            export_checkpoint(member.config.out, "encoder", member.encoder, "drop", None)
+        export_once(resolve_checkpoint(member.config.out), member.encoder)
+    _require_one_start(every)
     found = []
     for count in settings.counts:
         runs = [one for one in every if one.count == count]
-        found.append(_encoders(settings, configs, runs))
+        found.append(_encoders(settings, configs, runs, start))
         if settings.pairs is not None:
             found += _models(settings, settings.pairs, configs, runs)
     facts = {**vars(settings), "probe": vars(settings.probe)}
@@ -83,15 +90,38 @@ def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) 
     return told({**own, **probe}) | {f"run {name}": run_told(config) for name, config in configs.items()}
 
 
-def _encoders(settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member]) -> Measured:
-    """Of one count, the share of the probe's draws that had each test image right. One seed's encoders are probed beside one
-    another, on the same draws for all seeds."""
-    start = _start(next(iter(configs.values())))
+def _require_counts(counts: Sequence[int | None], configs: Mapping[str, RunConfig]) -> None:
+    """Raises UserError for a count that is none, stands twice, or is more than there are."""
+    asked = [count for count in counts if count is not None]
+    if len(set(asked)) < len(asked) or any(count < 1 for count in asked):
+        raise UserError(f"--samples: expected counts of 1 or more that differ, found {', '.join(map(str, asked))}")
+    shards = next(iter(configs.values())).data.shards
+    if asked and len(shards) == 1 and max(asked) > (there := len(PairSet.open([shards[0].folder]))):
+        raise UserError(f"--samples: expected at most the {there} that {shards[0].folder} has, found {max(asked)}")
+
+
+def _require_one_start(every: Sequence[Member]) -> None:
+    starts = {member.name: dict(progress_of(resolve_checkpoint(member.config.out)).start) for member in every}
+    (first, begun), *others = starts.items()
+    for name, start in others:
+        if start != begun:
+            raise UserError(
+                f"{name}: began from {start}, {first} from {begun}; a comparison has one start, so remove those of one of them"
+            )
+
+
+def _encoders(
+    settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member], start: Path
+) -> Measured:
+    """Of one count, the share of the probe's draws that had each test image right. One seed's encoders are probed on the same
+    draws, and each seed has draws of its own, so that the intervals are for other draws, too."""
+    layer = next(iter(configs.values())).model.encoder.feature_layer
     rows: dict[str, list[np.ndarray]] = {START: [], **{name: [] for name in configs}}
-    for seed in settings.seeds:
+    for n, seed in enumerate(settings.seeds):
+        probe = replace(settings.probe, seed=settings.probe.seed + n * settings.probe.draws, feature_layer=layer)
         encoders = {run.variant: run.encoder for run in runs if run.seed == seed}
         report = probe_encoders(
-            [start, *encoders.values()], settings.probe, settings.out / "features", partial(_say, f"seed {seed}")
+            [start, *encoders.values()], probe, settings.out / "features", partial(_say, f"seed {seed}")
         )
         for name, score in zip(rows, report.scores, strict=True):
             rows[name].append(score.values.mean(axis=0))
@@ -102,7 +132,7 @@ def _models(
     settings: CompareSettings, pairs: Path, configs: Mapping[str, RunConfig], runs: Sequence[Member]
 ) -> tuple[Measured, Measured]:
     """Of one count, which answers are right and which pairs are ranked right. A model's answers are kept beside it, by pairs."""
-    asked = f"answers-{open_shards(pairs).fingerprint[:8]}.json"
+    asked = open_shards(pairs).fingerprint[:8]
 
     def ask(model: Path, folder: Path) -> dict[str, list[float]]:
         def answered() -> dict[str, list[float]]:
@@ -110,7 +140,9 @@ def _models(
             scores = {"answers": report.answers(), "pairs": report.preferences()}
             return {measure: found[0].values[0].tolist() for measure, found in scores.items()}
 
-        found: dict[str, list[float]] = recorded(folder / asked, answered)
+        found: dict[str, list[float]] = recorded(
+            folder / f"answers-{asked}-{facts_of(resolve_checkpoint(model))['id'][:8]}.json", answered
+        )
         return found
 
     answers = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
@@ -146,6 +178,11 @@ def _start_model(config: RunConfig) -> Path | None:
 def _start(config: RunConfig) -> Path:
     encoder = config.model.encoder
     found = encoder.hf or encoder.checkpoint
+    if encoder.hf is not None and (encoder.image_size or encoder.max_patches):
+        raise UserError(
+            "model.encoder: expected its own resolution, for what runs begin from is probed at that; begin from a checkpoint "
+            "that `pivot convert import --image-size` made"
+        )
     if found is None:
         raise UserError(
             "model.encoder.fresh: a comparison of runs that begin from random encoders has no start to probe"

@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
-from pivot_megatron.checkpoints.folder import resolve_checkpoint
+from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
 from pivot_megatron.config.schema import ParameterRule, RunConfig
-from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
@@ -22,8 +21,8 @@ from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
-from pivot_megatron.recipe.run_once import StoppedError, begun, finished, recorded, run_once, write_run
-from pivot_megatron.recipe.schedule import LinearProbe, Schedule
+from pivot_megatron.recipe.run_once import StoppedError, begun, export_once, finished, recorded, run_once, write_run
+from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import progress_of
@@ -42,6 +41,10 @@ class Evolution:
     def write_runs(self) -> list[Path]:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
         one before it is not finished."""
+        if self.schedule.probe is not None:
+            require_sets(_settings(self.schedule))
+        if self.schedule.projector.checkpoint is not None:
+            resolve_checkpoint(self.schedule.projector.checkpoint)
         for earlier, phase in pairwise(self.phases):
             if begun(phase.config) and not finished(earlier.config):
                 raise UserError(
@@ -54,8 +57,6 @@ class Evolution:
         """Every phase that is not finished, in `processes` on this machine (one a GPU, or the layout's own, where it is None).
         False where one was asked to stop, which has saved. Raises RuleError where an encoder has fallen past a phase's gate."""
         self.write_runs()
-        if self.schedule.probe is not None:
-            require_sets(_settings(self.schedule.probe))
         results = []
         for n, phase in enumerate(self.phases):
             print(f"evolve: [{n + 1}/{len(self.phases)}] {phase.name}", file=sys.stderr, flush=True)
@@ -73,9 +74,18 @@ class Evolution:
     def judge(self, name: str) -> PhaseResult:
         """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe."""
         phase = self._named(name)
+        return PhaseResult.from_json(recorded(self._record_of(phase), lambda: asdict(self._judged(phase))))
+
+    def _record_of(self, phase: Phase) -> Path:
+        """Where its judgement is kept, of the checkpoint and by the probe that there are now."""
         probe = json.dumps(asdict(self.schedule.probe), default=str) if self.schedule.probe is not None else "no probe"
-        file = phase.folder / f"judged-{hashlib.sha256(probe.encode()).hexdigest()[:8]}.json"
-        return PhaseResult.from_json(recorded(file, lambda: asdict(self._judged(phase))))
+        told = f"{facts_of(_finished(phase))['id']} {probe}"
+        return phase.folder / f"judged-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
+
+    def tell_judged(self) -> None:
+        """The table and the page, of the phases that are judged so far."""
+        judged = takewhile(lambda phase: finished(phase.config) and self._record_of(phase).exists(), self.phases)
+        self._tell([self.judge(phase.name) for phase in judged])
 
     def require_gate(self, result: PhaseResult) -> None:
         most = self._named(result.name).most_fallen
@@ -102,11 +112,10 @@ class Evolution:
         head = describe(checkpoint).architecture().head
         before = self._encoder_before(phase)
         encoder = phase.encoder if _encoder_changed(checkpoint, phase.config) else None
-        if encoder is not None and not encoder.exists():
-            export_checkpoint(checkpoint, "encoder", encoder, "drop", None)
-        probe = self.schedule.probe
+        if encoder is not None:
+            export_once(checkpoint, encoder)
         probed = (
-            _probed(probe, before, encoder, self.schedule.out) if probe is not None and encoder is not None else None
+            _probed(self.schedule, before, encoder) if self.schedule.probe is not None and encoder is not None else None
         )
         lines = [line for line in read_metrics(phase.config.out) if line["applied"]]
         if not lines:
@@ -154,18 +163,23 @@ def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
     return bool(changed_parameters(checkpoint, start, config.seed, names))
 
 
-def _settings(probe: LinearProbe) -> LinearSettings:
-    return LinearSettings(probe.train, probe.test, probe.per_class, probe.draws, probe.seed, batch=probe.batch)
-
-
-def _probed(probe: LinearProbe, before: Path, after: Path, out: Path) -> Probed:
-    report = probe_encoders(
-        [before, after],
-        _settings(probe),
-        out / "features",
-        lambda told: print(f"probe: {told}", file=sys.stderr, flush=True),
+def _settings(schedule: Schedule) -> LinearSettings:
+    """Before and after, features are of the layer that training takes them of."""
+    probe, layer = schedule.probe, schedule.encoder.feature_layer
+    if probe is None:
+        raise ValueError("the schedule has no probe")
+    return LinearSettings(
+        probe.train, probe.test, probe.per_class, probe.draws, probe.seed, feature_layer=layer, batch=probe.batch
     )
+
+
+def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:
+    report = probe_encoders([before, after], _settings(schedule), schedule.out / "features", _say)
     write_atomically(after.parent / "linear.json", report.as_json() + "\n")
     ((difference, interval),) = against_first(report.scores)
     score = report.scores[1]
     return Probed(score.mean, score.interval, difference, interval)
+
+
+def _say(told: str) -> None:
+    print(f"probe: {told}", file=sys.stderr, flush=True)

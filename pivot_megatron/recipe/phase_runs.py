@@ -81,14 +81,17 @@ def _phase(schedule: Schedule, spec: PhaseSpec, path: Path, model: dict[str, Any
         _require_no_start(path, where, tree)
     tree = merged(merged(based(own, path), schedule.every), own)
     folder = schedule.out / spec.name
-    tree["model"] = {**model, "anyres": tree.get("model", {}).get("anyres")}
+    tree["model"] = {**model, "anyres": (tree.get("model") or {}).get("anyres")}
     tree |= {"name": spec.name, "out": str(folder / "run")}
     return Phase(spec.name, folder, decoded(tree, path), handed_on, spec.most_fallen)
 
 
 def _require_no_start(path: Path, where: str, tree: Mapping[str, Any]) -> None:
+    model = tree.get("model") or {}
+    if not isinstance(model, Mapping):
+        raise ConfigErrors(path, [f"{where}.model: expected a mapping of keys, found {model!r}"])
     found = [key for key in ("name", "out") if key in tree]
-    found += [f"model.{key}" for key in tree.get("model") or {} if key != "anyres"]
+    found += [f"model.{key}" for key in model if key != "anyres"]
     if found:
         raise ConfigErrors(path, [f"{where}.{found[0]}: follows from the schedule; leave it out"])
 

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pivot_megatron.checkpoints.folder import facts_of
 from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.convert.commands import EXPORT_NOTE, export_checkpoint
+from pivot_megatron.convert.hf import read_json
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
 from pivot_megatron.runtime.launch import default_processes, launch
@@ -68,6 +71,16 @@ def run_once(name: str, config: RunConfig, processes: int | None, requests: Stop
         )
     if mark_path(config.out).exists():
         raise StoppedError
+    if not finished(config):
+        raise RunError(f"{name}: its run ended without a word and is not finished; see {config.out}")
+
+
+def export_once(checkpoint: Path, out: Path) -> None:
+    """Its encoder's export, where it is not there yet. Raises UserError where that of another checkpoint is."""
+    if not out.exists():
+        export_checkpoint(checkpoint, "encoder", out, "drop", None)
+    elif read_json(out / EXPORT_NOTE).get("id") != facts_of(checkpoint)["id"]:
+        raise UserError(f"{out}: expected the encoder of {checkpoint}, found that of another run; remove it")
 
 
 def recorded(file: Path, work: Callable[[], Any]) -> Any:

@@ -89,6 +89,12 @@ def _problems(schedule: Schedule) -> list[str]:
         found.append("projector: expected a checkpoint, or nothing for a fresh one")
     if schedule.encoder.fresh is not None and schedule.probe is not None:
         found.append("probe: expected an encoder that is there to begin with (hf or checkpoint), found encoder.fresh")
+    encoder = schedule.encoder
+    if schedule.probe is not None and encoder.hf is not None and (encoder.image_size or encoder.max_patches):
+        found.append(
+            "probe: expected an encoder at its own resolution to begin with; leave image_size and max_patches out, or begin from "
+            "a checkpoint that `pivot convert import --image-size` made"
+        )
     names = [phase.name for phase in schedule.phases]
     for n, phase in enumerate(schedule.phases):
         if not _NAME.fullmatch(phase.name) or phase.name in RESERVED:

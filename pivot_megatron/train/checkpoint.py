@@ -75,6 +75,7 @@ def decided_by(config: RunConfig, samples: str) -> dict[str, str]:
         "model.encoder.feature_layer": str(config.model.encoder.feature_layer),
         "model.encoder.image_size": str(config.model.encoder.image_size),
         "model.encoder.max_patches": str(config.model.encoder.max_patches),
+        "model.projector.keep": config.model.projector.keep if config.model.projector.keep != "both" else _NOTHING,
         "model.anyres": str(config.model.anyres),
         "faults.spike_factor": f"{spike} over {config.faults.spike_window} steps" if spike else _NOTHING,
     }

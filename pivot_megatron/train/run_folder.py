@@ -140,6 +140,10 @@ class RunFolder:
         """`step`: the run's last, which is saved."""
         write_atomically(finished_path(self.path), json.dumps({"step": step}) + "\n")
 
+    def unmark_finished(self) -> None:
+        """Of a run that has steps to make, whatever an earlier one said here."""
+        finished_path(self.path).unlink(missing_ok=True)
+
     def log_dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
         self._append(self.dropped, [{"step": step, **asdict(d)} for d in dropped])
 

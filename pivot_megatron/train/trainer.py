@@ -17,7 +17,7 @@ from pivot_megatron.convert.start import pinned, with_checkpoints
 from pivot_megatron.data.loader import StepData
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.requeue import StopRequests, remove_mark
-from pivot_megatron.runtime.distributed import is_main_process, on_main_process, process_groups
+from pivot_megatron.runtime.distributed import from_main_process, is_main_process, on_main_process, process_groups
 from pivot_megatron.runtime.watch import Patience, Watch
 from pivot_megatron.train.agreement import agreed
 from pivot_megatron.train.record import (
@@ -29,7 +29,7 @@ from pivot_megatron.train.record import (
     require_sound,
 )
 from pivot_megatron.train.reference import ReferencePass
-from pivot_megatron.train.run_folder import RunFolder
+from pivot_megatron.train.run_folder import RunFolder, finished_path
 from pivot_megatron.train.session import Session, described, prepare
 from pivot_megatron.train.step import StepResult, observed, train_step
 from pivot_megatron.train.stopping import Stopped, agreed_signal, as_tally, in_tally, stop_if_asked
@@ -50,14 +50,16 @@ def train(config: RunConfig, report: Report = lambda *_: None, requests: StopReq
             remove_mark(config.out)
         try:
             session = prepare(config, watch, trackers, _before_reference_batch(watch, requests))
+            if session.done < session.steps:
+                on_main_process(session.folder.unmark_finished)
             stop_if_asked(requests)
         except Stopped as stopped:
             _mark(config, stopped.signal)
             return 0
         if (signal := _make_steps(session, report, requests)) is not None:
             _mark(config, signal)
-        elif session.done > session.first:
-            _require_frozen(session)
+        elif not from_main_process(is_main_process() and finished_path(config.out).exists()):
+            _require_frozen(session)  # also where an earlier call made the last step, and no more
             on_main_process(lambda: session.folder.mark_finished(session.done))
         return session.done - session.first
 

@@ -85,7 +85,7 @@ def test_the_command(
     assert answers["against_the_start"] is None  # what they began from is no whole model
     assert all(0.0 <= score["mean"] <= 1.0 for score in pairs["against_the_first_variant"]["scores"])
     start, dpo, sft = found["against_the_start"]["scores"]
-    assert start["seeds"][0] == start["seeds"][1] and len(dpo["seeds"]) == len(sft["seeds"]) == 2
+    assert len(start["seeds"]) == 2 and len(dpo["seeds"]) == len(sft["seeds"]) == 2
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
     page = whole_page(tmp_path / "out" / "report.html")
     assert f"{100 * dpo['mean']:.2f}" in page.text and "learning rate 0.01" in page.text and "torch" in page.text
@@ -99,6 +99,9 @@ def test_the_command(
     assert len(answers_files) == 4 and main(words) == 0 and len(launcher.runs) == 4
     assert main([*words, "--set", "optimizer.learning_rate=1e-3"]) == 2
     assert "dpo seed 1: optimizer: begun with" in capsys.readouterr().err
+    assert main([*words, "--samples", "41"]) == 2
+    assert "--samples: expected at most the 40 that" in capsys.readouterr().err
+    assert main([*words, "--samples", "8", "8"]) == 2 and "that differ, found 8, 8" in capsys.readouterr().err
     assert main([*words, "--seeds", "3"]) == 2 and "--seeds: expected two or more" in capsys.readouterr().err
 
 

@@ -147,10 +147,22 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     for name, run in told[:2]:
         workers.run(train_at, None, 1, Path(run), Layout())
         assert main(["evolve", str(file), "--judge", name]) == 0
+    judged = json.loads((out / "evolution.json").read_text())["phases"]
+    assert [phase["name"] for phase in judged] == ["align", "dpo"] and (out / "report.html").exists()
     assert (out / "dpo" / "encoder").exists()
     monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers))
     assert main(["evolve", str(file)]) == 0
     assert launcher.runs == ["realign", "dpo-wider"]  # finished runs are not started again
+
+    weights = (out / "dpo-wider" / "encoder" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "dpo-wider" / "run")
+    rate = "phases.3.run.optimizer.learning_rate=0.03"
+    assert main(["evolve", str(file), rate]) == 2
+    assert "expected the encoder of" in capsys.readouterr().err
+    shutil.rmtree(out / "dpo-wider" / "encoder")
+    assert main(["evolve", str(file), rate]) == 0
+    assert (out / "dpo-wider" / "encoder" / "model.safetensors").read_bytes() != weights
+    launcher.runs.pop()
 
     shutil.rmtree(out / "dpo")
     assert main(["evolve", str(file)]) == 2

@@ -15,7 +15,8 @@ from pivot_megatron.convert.load import FreshParts
 from pivot_megatron.convert.plan import Slice, part_shapes
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
-from pivot_megatron.errors import RunError
+from pivot_megatron.errors import RuleError
+from pivot_megatron.train.run_folder import finished_path
 from tests import matrix
 from tests.dist.runs import config_tree, make_world, train_at, write_config
 from tests.harness import Workers
@@ -45,7 +46,7 @@ def train_with_nothing_frozen(config_file: Path) -> str:
         patch.setattr(session, "apply_rules", lambda model, rules: apply_rules(model, ()))
         try:
             train_at(config_file, Layout())
-        except RunError as error:
+        except RuleError as error:
             return str(error)
     raise AssertionError("the run went through")
 
@@ -99,10 +100,20 @@ def test_one_plus_one(layout, world, data: Path, tmp_path: Path, workers: Worker
     torch.testing.assert_close(begun.read("projector.encoder.linear_fc2.weight"), drawn, atol=1e-12, rtol=0)
 
 
+def test_a_run_that_was_killed_before_it_said_so_is_finished_by_the_next(data: Path, tmp_path: Path, workers: Workers) -> None:
+    file = config(data, tmp_path / "a", FREEZE)
+    assert workers.run(train_at, None, 2, file, Layout()) == [2, 2]
+    mark = finished_path(load_config(file).out)
+    mark.unlink()
+    assert workers.run(train_at, None, 2, file, Layout()) == [0, 0] and mark.exists()
+
+
 def test_what_did_not_stay_is_named(data: Path, tmp_path: Path, workers: Workers) -> None:
     file = config(data, tmp_path / "a", FREEZE)
     (message,) = workers.run(train_with_nothing_frozen, None, 1, file)
+    assert [message] == workers.run(train_with_nothing_frozen, None, 1, file)  # with no step left to make
+    assert not finished_path(load_config(file).out).exists()
     assert "frozen parameters are not what the run began from (first: encoder." in message
-    with pytest.raises(RunError, match=r"first: encoder\."):
+    with pytest.raises(RuleError, match=r"first: encoder\."):
         run = load_config(file)
         require_frozen(resolve_checkpoint(run.out), run.model, run.seed, run.parameters)

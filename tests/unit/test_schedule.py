@@ -104,6 +104,18 @@ def test_overrides_and_a_start_from_checkpoints(models: Path, tmp_path: Path) ->
     assert first.config.model.projector == Projector(checkpoint=Path("runs/1b"))
 
 
+def test_an_override_changes_one_phase_alone(models: Path, tmp_path: Path) -> None:
+    """Where phases share a mapping by an alias, or merge one in."""
+    schedule = tree(models, tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    run = "&run {base: run.yaml, batch: &batch {steps: 7}}"
+    phases = f"[{{name: a, head: {models / 'a'}, run: {run}}}, {{name: b, run: *run}}, {{name: c, run: {{<<: *run, seed: 3}}}}]"
+    file = tmp_path / "schedule.yaml"
+    file.write_text(f"name: x\nout: {tmp_path}\nencoder: {schedule['encoder']}\nphases: {phases}\n")
+    found = phases_of(load_schedule(file, ["phases.1.run.batch.steps=9"]), file)
+    assert [phase.config.batch.steps for phase in found] == [7, 9, 7]
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "no head": (["phases.0.head=null"], "phases.0.head: missing; the first phase needs a language model"),
     "two of a name": (["phases.1.name=align-a"], "phases.1.name: expected a name of its own, found 'align-a' twice"),
@@ -125,6 +137,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["phases.1.run.model.llm.hf=x"],
         "phases.1: run.model.llm: follows from the schedule; leave it out",
     ),
+    "a model that is none": (["phases.1.run.model=5"], "phases.1: run.model: expected a mapping of keys, found 5"),
     "a folder in every run": (["every.out=x"], "phases.0: every.out: follows from the schedule; leave it out"),
     "no preference through a fresh projector": (
         ["phases.2.run.objective={kind: dpo}"],

@@ -13,6 +13,7 @@ from pivot_megatron.config.schema import RunConfig, Sft
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score, against_first, as_records, as_table
 from pivot_megatron.recipe.run_once import as_decided
+from pivot_megatron.train.checkpoint import NOTHING
 
 START = "start"
 """What every run began from, in tables."""
@@ -63,10 +64,11 @@ def variants(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, RunCo
 
 def _require_alike(first_file: Path, first: RunConfig, file: Path, config: RunConfig) -> None:
     one, other = as_decided(first), as_decided(config)
-    if odd := [key for key in one if one[key] != other[key] and key not in MAY_DIFFER]:
+    differing = (key for key in {**one, **other} if one.get(key, NOTHING) != other.get(key, NOTHING))
+    if odd := [key for key in differing if key not in MAY_DIFFER]:
         raise UserError(
             f"{file}: expected a run that differs from {first_file} in {' and '.join(MAY_DIFFER)} alone, found another "
-            f"{', '.join(odd)}: {other[odd[0]]}, there {one[odd[0]]}"
+            f"{', '.join(odd)}: {other.get(odd[0], NOTHING)}, there {one.get(odd[0], NOTHING)}"
         )
 
 

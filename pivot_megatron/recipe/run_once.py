@@ -15,7 +15,7 @@ from pivot_megatron.convert.hf import read_json
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
 from pivot_megatron.runtime.launch import default_processes, launch
-from pivot_megatron.train.checkpoint import decided_by
+from pivot_megatron.train.checkpoint import NOTHING, decided_by
 from pivot_megatron.train.run_folder import finished_path, write_atomically
 
 
@@ -39,10 +39,11 @@ def write_run(name: str, config: RunConfig) -> Path:
     file, decided = folder / "decided.json", as_decided(config)
     if file.exists() and begun(config):
         before = json.loads(file.read_text())
-        for key, value in decided.items():
-            if before.get(key) != value:
+        for key in {**before, **decided}:
+            was, value = (told.get(key, NOTHING) for told in (before, decided))
+            if was != value:
                 raise UserError(
-                    f"{name}: {key}: begun with {before.get(key)}, found {value}; restore it, or remove {folder} and what came "
+                    f"{name}: {key}: begun with {was}, found {value}; restore it, or remove {folder} and what came "
                     "after it, or choose another folder"
                 )
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,12 @@ def write_run(name: str, config: RunConfig) -> Path:
 
 def as_decided(config: RunConfig) -> dict[str, str]:
     """What a run's result follows from, by config key. The fingerprint of its samples is the run's own to hold."""
-    start = {f"model.{name}": str(component) for name, component in vars(config.model).items()}
+    model = config.model
+    start = {
+        f"model.{name}.{source}": str(getattr(part, source))
+        for name, part in (("encoder", model.encoder), ("llm", model.llm), ("projector", model.projector))
+        for source in part.sources
+    }
     return {**decided_by(config, str([source.folder for source in config.data.shards])), **start}
 
 

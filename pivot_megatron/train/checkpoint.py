@@ -37,7 +37,7 @@ from pivot_megatron.train.keeping import Pace
 from pivot_megatron.train.optimizer import Optimization
 from pivot_megatron.train.run_folder import RunFolder
 
-_NOTHING = "None"  # of a key that is unset, as of one that did not exist when a checkpoint was made
+NOTHING = "None"  # of a key that is unset, as of one that did not exist when a checkpoint was made
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def decided_by(config: RunConfig, samples: str) -> dict[str, str]:
         "model.encoder.feature_layer": str(config.model.encoder.feature_layer),
         "model.encoder.image_size": str(config.model.encoder.image_size),
         "model.encoder.max_patches": str(config.model.encoder.max_patches),
-        "model.projector.keep": config.model.projector.keep if config.model.projector.keep != "both" else _NOTHING,
+        "model.projector.keep": config.model.projector.keep if config.model.projector.keep != "both" else NOTHING,
         "model.anyres": str(config.model.anyres),
-        "faults.spike_factor": f"{spike} over {config.faults.spike_window} steps" if spike else _NOTHING,
+        "faults.spike_factor": f"{spike} over {config.faults.spike_window} steps" if spike else NOTHING,
     }
 
 
@@ -98,7 +98,7 @@ def checked_progress(checkpoint: Path, decided: Mapping[str, str]) -> Progress:
     changed = [
         f"{key}: {checkpoint} was made with {progress.decided.get(key)}, found {value}; restore it, or use a new `out`"
         for key, value in decided.items()
-        if progress.decided.get(key, _NOTHING) != value
+        if progress.decided.get(key, NOTHING) != value
     ]
     if changed:
         raise UserError("\n".join(changed))

@@ -1,0 +1,1 @@
+"""What a run would take on given machines, by count: memory, time, and which layout to pick."""

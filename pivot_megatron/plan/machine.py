@@ -1,0 +1,113 @@
+"""A machine as a plan sees it: what its devices compute, hold and send in a second. Pure numbers, from the data sheets in
+`hardware.yaml` or measured by `pivot bench calibrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pivot_megatron.config.schema import Strict
+from pivot_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Roofline(Strict):
+    """What one kernel takes: `seconds` to start, then the longer of its operations at `flops` a second and its memory traffic at
+    `bandwidth` bytes a second (Williams et al. 2009)."""
+
+    flops: float
+    bandwidth: float
+    seconds: float
+
+    def time(self, flops: float, traffic: float) -> float:
+        """Seconds. `traffic` in bytes."""
+        return self.seconds + max(flops / self.flops, traffic / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Attention(Strict):
+    """FLOP/s of the attention kernel, forward and backward, counting a causal segment's visible half alone; `seconds` to start
+    the kernel for one segment, 0 where one call takes all of them."""
+
+    forward: float
+    backward: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Link(Strict):
+    """One device's messages, one way: `seconds` that a message takes by itself, and bytes a second."""
+
+    seconds: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Rates(Strict):
+    """Of one device while all of its node's compute. `gemm`, `attention`: by the dtype of their inputs (`bf16`, `fp32`,
+    `fp8`). `elementwise`: bytes read and written a second by what is no product; `launch`: seconds that any of its kernels takes
+    by itself. `update`: bytes a second of the optimizer."""
+
+    gemm: Mapping[str, Roofline]
+    attention: Mapping[str, Attention]
+    elementwise: float
+    update: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class Machine(Strict):
+    """`memory`: bytes of a device that a process may fill; `process`: bytes of it that a process takes before it holds a
+    model. `rates`: by the number of a node's devices that compute at once, which on a CPU share its cores; the one for the
+    largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it."""
+
+    name: str
+    source: str
+    devices_a_node: int
+    memory: float
+    process: float
+    rates: Mapping[int, Rates]
+    node: Link
+    network: Link
+
+    def rates_of(self, processes: int) -> Rates:
+        """Of a device while `processes` run, at most a node's devices of them side by side."""
+        beside = min(processes, self.devices_a_node)
+        known = [count for count in self.rates if count <= beside]
+        return self.rates[max(known) if known else min(self.rates)]
+
+    def link(self, devices: int, apart: int = 1) -> Link:
+        """Of a group of `devices` that stand `apart` ranks from one another: within a node as long as they all fit into one."""
+        return self.node if (devices - 1) * apart < self.devices_a_node else self.network
+
+
+_MACHINE = TypeAdapter(Machine)
+
+
+def read_machine(path: Path) -> Machine:
+    """What `write_machine` wrote. Raises UserError where it is none."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {error}") from None
+    return machine_of(tree, str(path))
+
+
+def machine_of(tree: Any, where: str) -> Machine:
+    """Raises UserError naming `where` and the first key that is wrong."""
+    try:
+        return _MACHINE.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {key}: {first['msg']}; write it again with `pivot bench calibrate`") from None
+
+
+def write_machine(machine: Machine, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(asdict(machine), sort_keys=False))

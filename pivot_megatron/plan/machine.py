@@ -50,9 +50,10 @@ class Link(Strict):
 @dataclass(frozen=True)
 class Rates(Strict):
     """Of one device while all of its node's compute. `gemm`, `attention`: by the dtype of their inputs (`bf16`, `fp32`,
-    `fp8`). `elementwise`: bytes read and written a second by what is no product; `launch`: seconds that any of its kernels takes
+    `fp8`); `peak`: FLOP/s that utilisation is counted against. `elementwise`: bytes read and written a second by what is no product; `launch`: seconds that any of its kernels takes
     by itself. `update`: bytes a second of the optimizer."""
 
+    peak: Mapping[str, float]
     gemm: Mapping[str, Roofline]
     attention: Mapping[str, Attention]
     elementwise: float

@@ -1,0 +1,154 @@
+"""Bytes that a rank of each pipeline stage holds at its fullest moment: the end of the last micro-batch's forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.plan.layer_work import LayerShape, Numbers
+from pivot_megatron.plan.model_work import Model, encoder_layer, head_layer, numbers_of
+from pivot_megatron.plan.parameters import Held
+from pivot_megatron.plan.stages import Chunk
+from pivot_megatron.plan.workload import Pack
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes. `activations`: of the language model's layers, those of every micro-batch in flight; `encoder`: the same of
+    encoder and projector. `logits`: tiles of them and what stands beside. `working`: what a layer's backward pass makes for
+    itself, and a recomputed layer's own activations. `reference`: a frozen model's weights where it is online. `process`: what
+    is there before any model is, buffers of the collectives too."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    encoder: float
+    logits: float
+    working: float
+    reference: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(astuple(self)))
+
+
+def weight_bytes(precision: Precision) -> int:
+    return 2 if precision.compute == "bf16" else 4
+
+
+def stage_memory(
+    model: Model,
+    chunks: Sequence[Chunk],
+    parameters: Sequence[Iterable[Held]],
+    pack: Pack,
+    micro_batches: int,
+    data_parallel: int,
+    tile: float,
+    process: float,
+    online_reference: bool,
+) -> Memory:
+    """`chunks` of one stage, with the `parameters` of each. `pack`: the largest micro-batch. `tile`: bytes of logits at once."""
+    size = weight_bytes(model.precision)
+    held = [parameter for found in parameters for parameter in found]
+    count = sum(p.count for p in held)
+    trained = sum(p.count for p in held if p.trains)
+    # Two moments, and with 16-bit weights a master copy: all float32, split over the replicas.
+    optimizer = (8 if size == 4 else 12) * trained / data_parallel
+    head = head_layer(model.arch.head)
+    numbers = numbers_of(model.precision, "llm", model.layout.tensor, model.fused)
+    last = any(chunk.last for chunk in chunks)
+    layers = [len(chunk.layers) - chunk.last for chunk in chunks]
+    kept = kept_bytes(head, numbers, pack.tokens, pack.keys, model.recompute.llm)
+    alive = in_flight(model.layout, chunks[0].stage, micro_batches)
+    activations = alive * kept * sum(layers) / len(chunks)
+    if last:  # what its last layer keeps past its attention is of answers alone
+        unwanted = pack.tokens - pack.scored
+        activations += kept - _past_attention(head, numbers, unwanted, model.recompute.llm)
+    encoder, vision_working = _vision(model, pack, min(alive, micro_batches)) if chunks[0].first else (0.0, 0.0)
+    working = max(
+        _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if sum(layers) else 0.0, vision_working
+    )
+    return Memory(
+        weights=size * count,
+        gradients=4.0 * trained,
+        optimizer=optimizer,
+        activations=activations + 2 * _stream(head, numbers, pack.tokens) * alive,
+        encoder=encoder,
+        logits=_logits(tile, pack, head.hidden, numbers) if last else 0.0,
+        working=working,
+        reference=size * count if online_reference else 0.0,
+        process=process,
+    )
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once, an interleaved stage's chunks counted as parts of one: as
+    megatron-core's schedules warm up, 1F1B (Narayanan et al. 2021, section 2.2) and interleaved."""
+    stages, chunks = layout.pipeline, layout.virtual_pipeline
+    if chunks == 1:
+        return float(min(micro_batches, stages - stage))
+    warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    return min(micro_batches * chunks, warm_up) / chunks
+
+
+def kept_bytes(
+    layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: Literal["none", "selective", "full"]
+) -> float:
+    """What one layer keeps for its backward pass: its input alone, if it is made anew; else the inputs of norms, products and
+    activation, and queries, keys, values and output of attention."""
+    stream = _stream(layer, numbers, tokens)
+    if mode == "full":
+        return stream
+    query, key = layer.query_width(numbers.tensor), layer.key_width(numbers.tensor)
+    attention = tokens * query * (2.0 if mode == "selective" else 3.0) + keys * key * 2.0
+    return 4 * stream + numbers.size * (attention + tokens * _mlp_width(layer, numbers.tensor))
+
+
+def _mlp_width(layer: LayerShape, tensor: int) -> float:
+    """Entries a token that the MLP keeps: the activation's input, gate and value where gated, and its output."""
+    return (3 if layer.gated else 2) * layer.ffn / tensor
+
+
+def _past_attention(layer: LayerShape, numbers: Numbers, tokens: int, mode: str) -> float:
+    """Of `tokens`, what a layer keeps past its attention."""
+    if mode == "full":
+        return 0.0
+    return 2 * _stream(layer, numbers, tokens) + numbers.size * tokens * _mlp_width(layer, numbers.tensor)
+
+
+def _stream(layer: LayerShape, numbers: Numbers, tokens: float) -> float:
+    """The residual stream, which sequence parallelism splits over tokens."""
+    return numbers.size * tokens * layer.hidden / numbers.tensor
+
+
+def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: str) -> float:
+    """The MLP's two widest gradients with the stream's, and a recomputed layer's activations; with tensor parallelism also the
+    whole sequence, gathered."""
+    gradients = numbers.size * tokens * 2 * _mlp_width(layer, numbers.tensor) / (3 if layer.gated else 2) * 2
+    gathered = numbers.size * tokens * layer.hidden * (2 if numbers.tensor > 1 else 1)
+    again = kept_bytes(layer, numbers, tokens, keys, "none") if mode == "full" else 0.0
+    return gradients + gathered + again
+
+
+def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
+    """(kept, working) bytes of encoder and projector."""
+    arch, tensor = model.arch, model.layout.tensor
+    numbers = numbers_of(model.precision, "encoder", tensor, model.fused)
+    layer, places = encoder_layer(arch.encoder), pack.images * arch.encoder.places
+    kept = kept_bytes(layer, numbers, places, places, model.recompute.encoder)
+    pixels = 4.0 * pack.images * 3 * arch.encoder.image_size**2
+    # The projector's input, its activation's input and output, and its own output, whole.
+    projector = numbers.size * places * (arch.encoder.hidden / tensor + (2 / tensor + 1) * arch.head.hidden)
+    working = _working(layer, numbers, places, places, model.recompute.encoder)
+    return alive * (kept * arch.encoder_layers + projector) + pixels, working
+
+
+def _logits(tile: float, pack: Pack, width: int, numbers: Numbers) -> float:
+    """The tile, its slope in the activations' type, the weight's gradient for it; hidden states of all answers twice."""
+    tokens = max(1, min(4096, pack.scored))
+    words = tile / (4 * tokens)
+    return tile * (1 + numbers.size / 4) + words * width * 4 + pack.scored * width * (4 + numbers.size)

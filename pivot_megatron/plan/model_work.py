@@ -1,0 +1,236 @@
+"""What one micro-batch costs one chunk of a pipeline, kernel by kernel, on one tensor-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pivot_megatron.config.schema import Layout, Precision, Recompute
+from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
+from pivot_megatron.model.composition import Architecture
+from pivot_megatron.plan import layer_work
+from pivot_megatron.plan.layer_work import LayerShape, Numbers, Operation, messages, product
+from pivot_megatron.plan.parameters import Held
+from pivot_megatron.plan.stages import Chunk
+from pivot_megatron.plan.workload import Pack
+
+Part = Literal["encoder", "head"]
+_LOGITS_PASSES = 6.0
+"""Times that a tile of float32 logits is read or written, forward or backward, beside its products."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Shares of a chunk's weights that train, by part; `before_head`: whether anything in front of the language model's
+    layers does, so that gradients must come through all of them."""
+
+    encoder: float
+    projector: float
+    llm: float
+
+    @classmethod
+    def of(cls, parameters: Iterable[Held]) -> Trained:
+        parameters = list(parameters)
+
+        def share(part: str) -> float:
+            counts = [(p.count, p.trains) for p in parameters if p.name.startswith(part + ".")]
+            return sum(count for count, trains in counts if trains) / max(1, sum(count for count, _ in counts))
+
+        return cls(share("encoder"), share("projector"), share("llm"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one chunk on one micro-batch. What is recomputed stands in the backward pass of its part."""
+
+    forward: Mapping[Part, tuple[Operation, ...]]
+    backward: Mapping[Part, tuple[Operation, ...]]
+
+    @property
+    def flops(self) -> float:
+        return sum(op.flops for way in (self.forward, self.backward) for ops in way.values() for op in ops)
+
+
+def encoder_layer(arch: EncoderArchitecture) -> LayerShape:
+    return LayerShape(
+        hidden=arch.hidden,
+        heads=arch.heads,
+        groups=arch.heads,
+        head_dim=arch.head_dim,
+        ffn=arch.padded_ffn,
+        gated=arch.gated,
+        causal=False,
+        biased=True,
+    )
+
+
+def head_layer(arch: HeadArchitecture) -> LayerShape:
+    return LayerShape(
+        hidden=arch.hidden,
+        heads=arch.heads,
+        groups=arch.groups,
+        head_dim=arch.head_dim,
+        ffn=arch.ffn,
+        gated=True,
+        causal=True,
+        biased=False,
+    )
+
+
+def numbers_of(precision: Precision, part: Literal["encoder", "llm"], tensor: int, fused_norms: bool) -> Numbers:
+    dtype = precision.compute
+    return Numbers(dtype, "fp8" if precision.fp8_of(part) else dtype, tensor, fused_norms)
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that decides a chunk's work but its pack."""
+
+    arch: Architecture
+    layout: Layout
+    precision: Precision
+    recompute: Recompute
+    fused: bool  # Transformer Engine's layers, whose products add weight gradients up themselves
+
+    def work(self, chunk: Chunk, pack: Pack, trained: Trained, parameters: Iterable[Held]) -> Work:
+        encoder_forward, encoder_backward = self._vision(pack, trained) if chunk.first else ([], [])
+        head_forward, head_backward = self._layers(chunk, pack, trained)
+        if chunk.first:
+            head_forward = [*self._words(pack), *head_forward]
+        if chunk.last:
+            forward, backward = self._logits(pack, trained)
+            head_forward, head_backward = [*head_forward, *forward], [*head_backward, *backward]
+        added = {
+            "encoder": [p for p in parameters if p.trains and not p.name.startswith("llm.")],
+            "head": [p for p in parameters if p.trains and p.name.startswith("llm.") and "decoder." in p.name],
+        }
+        adding: dict[str, tuple[Operation, ...]] = {
+            part: self._adding(sum(p.count for p in found), len(found)) for part, found in added.items()
+        }
+        return Work(
+            forward={"encoder": tuple(encoder_forward), "head": tuple(head_forward)},
+            backward={
+                "encoder": (*encoder_backward, *adding["encoder"]),
+                "head": (*head_backward, *adding["head"]),
+            },
+        )
+
+    def _adding(self, count: int, tensors: int) -> tuple[Operation, ...]:
+        """Weight gradients into the data-parallel buffer, which is float32."""
+        if not count:
+            return ()
+        size = 2 if self.precision.compute == "bf16" else 4
+        each = 8.0 if self.fused else 8.0 + 2 * size  # alone, a gradient is written and read once more
+        return (Operation("adding up weight gradients", "elementwise", traffic=each * count, launches=tensors),)
+
+    def _vision(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+        arch, tensor = self.arch.encoder, self.layout.tensor
+        numbers = numbers_of(self.precision, "encoder", tensor, self.fused)
+        layer, places = encoder_layer(arch), pack.images * arch.places
+        segments = [(arch.places, arch.places)] * pack.images
+        embedding = product(
+            "patch embedding", pack.images * arch.tokens, arch.hidden, 3 * arch.patch_size**2, numbers.dtype, numbers.size
+        )
+        once = layer_work.forward(layer, numbers, places, segments, None)
+        forward = [embedding, *_repeated(once, self.arch.encoder_layers)]
+        backward: list[Operation] = []
+        if trained.encoder:
+            back = layer_work.backward(layer, numbers, places, segments, None, weights_train=True)
+            back = _share(back, trained.encoder)
+            again = self._again(once, self.recompute.encoder)
+            backward = [
+                replace(embedding, name="patch embedding, towards its weight"),
+                *_repeated([*again, *back], self.arch.encoder_layers),
+            ]
+        projector_forward, projector_backward = self._projector(pack, trained)
+        return [*forward, *projector_forward], [*projector_backward, *backward]
+
+    def _projector(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+        encoder, head, tensor = self.arch.encoder, self.arch.head, self.layout.tensor
+        numbers = numbers_of(replace(self.precision, fp8=None), "encoder", tensor, self.fused)
+        places, width = pack.images * encoder.places, head.hidden
+        linears = (("projector fc1", width // tensor, encoder.hidden), ("projector fc2", width, width // tensor))
+
+        def products(suffix: str, turned: bool, weights: bool) -> list[Operation]:
+            found = []
+            for name, n, k in linears:
+                m, n, k = (n, k, places) if weights else (places, *((k, n) if turned else (n, k)))
+                found.append(product(name + suffix, m, n, k, numbers.gemm, numbers.size))
+            return found
+
+        gathered = messages(numbers, head.hidden, "gather", [places, places])
+        forward = [*products("", False, False), *gathered]
+        backward = [*products(", towards its input", True, False), *gathered] if trained.encoder or trained.projector else []
+        if trained.projector:
+            backward += _share(products(", towards its weight", False, True), trained.projector)
+        return forward, backward
+
+    def _words(self, pack: Pack) -> list[Operation]:
+        """Word embeddings, with the images' features put in their places."""
+        numbers = self._head_numbers
+        touched = 6.0 * pack.tokens * self.arch.head.hidden * numbers.size
+        return [
+            Operation("word embeddings", "elementwise", traffic=touched, launches=8),
+            *messages(numbers, self.arch.head.hidden, "reduce", [pack.tokens]),
+        ]
+
+    def _layers(self, chunk: Chunk, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+        arch, numbers = self.arch.head, self._head_numbers
+        shape, segments = head_layer(arch), pack.segments
+        forward: list[Operation] = []
+        backward: list[Operation] = []
+        count = len(chunk.layers)
+        kinds = [(count - 1, None), (1, pack.scored)] if chunk.last and count else [(count, None)]
+        for times, past_attention in kinds:
+            once = layer_work.forward(shape, numbers, pack.tokens, segments, past_attention)
+            back = layer_work.backward(
+                shape, numbers, pack.tokens, segments, past_attention, weights_train=trained.llm > 0
+            )
+            forward += _repeated(once, times)
+            backward += _repeated([*self._again(once, self.recompute.llm), *_share(back, trained.llm)], times)
+        return forward, backward
+
+    def _logits(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+        arch, numbers = self.arch.head, self._head_numbers
+        tokens, words, width = pack.scored, arch.padded_vocabulary // self.layout.tensor, arch.hidden
+        logits = product("logits", tokens, words, width, numbers.dtype, 4)
+        passes = Operation("softmax over tiles", "elementwise", traffic=_LOGITS_PASSES * 4 * tokens * words, launches=8)
+        forward = [logits, passes]
+        # Sums over tiles are float32, in which a 16-bit product stands by itself once before it is added.
+        summed = 8 if numbers.dtype == "fp32" else 16
+        backward = [
+            replace(logits, name="logits, again"),
+            replace(passes, name="their gradient"),
+            product("logits, towards their input", tokens, width, words, numbers.dtype, summed),
+        ]
+        if trained.llm:
+            backward.append(product("logits, towards their weight", words, width, tokens, numbers.dtype, summed))
+        gathered = messages(numbers, width, "gather", [tokens])
+        return [*forward, *gathered], [*backward, *messages(replace(numbers, dtype="fp32"), width, "reduce", [tokens])]
+
+    def _again(self, once: list[Operation], mode: str) -> list[Operation]:
+        kept = {"none": [], "selective": [op for op in once if op.kind == "attention"], "full": once}[mode]
+        return [replace(op, name=f"{op.name}, again") for op in kept]
+
+    @property
+    def _head_numbers(self) -> Numbers:
+        return numbers_of(self.precision, "llm", self.layout.tensor, self.fused)
+
+
+def _repeated(operations: Iterable[Operation], times: int) -> list[Operation]:
+    """As many times over: every cost is linear in them."""
+    return [_scaled(op, times) for op in operations] if times else []
+
+
+def _scaled(op: Operation, factor: float) -> Operation:
+    return replace(op, flops=op.flops * factor, traffic=op.traffic * factor, launches=op.launches * factor)
+
+
+def _share(operations: Iterable[Operation], trained: float) -> list[Operation]:
+    """Products towards weights as far as these train, all else whole."""
+    return [
+        _scaled(op, trained) if op.name.endswith("towards its weight") else op
+        for op in operations
+        if trained or not op.name.endswith("towards its weight")
+    ]

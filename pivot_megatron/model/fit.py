@@ -32,7 +32,7 @@ def misfits(arch: Architecture, layout: Layout, precision: Precision = _PLAIN) -
             f"layout.tensor: {', '.join(uneven)} must divide by it, found {layout.tensor}; the nearest that would do is "
             f"{_nearest_tensor(arch, layout.tensor)}"
         )
-    if problem := _stages_problem(arch.head.layers, layout):
+    if problem := stages_problem(arch.head.layers, layout):
         found.append(f"layout.pipeline: {problem}; the nearest that would do is {_nearest_stages(arch, layout)}")
     if precision.fp8 is not None and not uneven:
         found += _fp8_misfits(arch, layout, precision)
@@ -113,12 +113,14 @@ def _closest(sizes: Sequence[int], wanted: int) -> int:
     return min(sizes, key=lambda size: (abs(math.log(size / wanted)), -size))
 
 
-def _stages_problem(layers: int, layout: Layout) -> str | None:
+def stages_problem(layers: int, layout: Layout) -> str | None:
     """Why the LLM's layers do not fall on the stages and their chunks, None where they do."""
     stated = [n for n in (layout.first_stage_layers, layout.last_stage_layers) if n is not None]
     if layout.pipeline == 1 and (stated or layout.virtual_pipeline > 1):
         return "one stage has all layers, in one chunk"
     rest, stages = layers - sum(stated), layout.pipeline - len(stated)
+    if layout.virtual_pipeline > 1 and not stages:  # megatron-core divides by the number of stages between
+        return "with virtual_pipeline, one of first_stage_layers and last_stage_layers says what both stages have"
     if any(n < 1 for n in stated) or stages < 0 or (rest if not stages else rest < stages or rest % stages):
         said = {"first_stage_layers": layout.first_stage_layers, "last_stage_layers": layout.last_stage_layers}
         beside = [f"{name} {n}" for name, n in said.items() if n is not None]
@@ -144,7 +146,7 @@ def _nearest_stages(arch: Architecture, layout: Layout) -> str:
             for keys in combinations(_STAGE_KEYS, changed)
             for values in product(*(_values(layout, key, layers) for key in keys))
         ]
-        fitting = [found for found in fitting if not _stages_problem(layers, _with(layout, found))]
+        fitting = [found for found in fitting if not stages_problem(layers, _with(layout, found))]
         if fitting:
             best = min(fitting, key=lambda found: sum(_distance(layout, k, v) for k, v in found.items()))
             return " with ".join(f"layout.{key} {'null' if n is None else n}" for key, n in best.items())

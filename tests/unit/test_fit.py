@@ -75,6 +75,12 @@ def model(encoder: dict[str, Any], head: dict[str, Any]) -> Architecture:
             "28 layers do not fall evenly on 2 stages with first_stage_layers 30",
             {"first_stage_layers": 27},
         ),
+        (
+            SO400M,
+            {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 12, "last_stage_layers": 16},
+            "one of first_stage_layers and last_stage_layers says what both stages have",
+            {"virtual_pipeline": 1},
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pivot_megatron.config.schema import Batch, Layout, ParameterRule, Precision, Recompute
 from pivot_megatron.data.build import PACK_MULTIPLE
@@ -13,8 +14,8 @@ from pivot_megatron.families.flops import encoder_flops, head_flops
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.memory import Memory, stage_memory
-from pivot_megatron.plan.model_work import Model, Trained, Work
-from pivot_megatron.plan.parameters import Held, held
+from pivot_megatron.plan.model_work import Model, Weights
+from pivot_megatron.plan.parameters import held
 from pivot_megatron.plan.prediction import Prediction
 from pivot_megatron.plan.stages import Chunk, chunks
 from pivot_megatron.plan.step_time import Ends, Passage, ends, passage, pipelined
@@ -23,9 +24,9 @@ from pivot_megatron.plan.workload import Lengths, Pack
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned. `samples`: lengths of a global batch. `steps` of the run. `tile`: bytes of logits that stand at once;
-    `fused`: layers are Transformer Engine's; `token_multiple`: tokens of a rank that its products need to divide by. `online`:
-    the reference model runs in every step."""
+    """What is planned. `samples`: lengths of a global batch. `steps` of the run, 0 where it is not known how many; `reference`:
+    global batches that a frozen reference sees beforehand, once. `online`: it runs in every step instead. `token_multiple`:
+    what a tensor-parallel rank's tokens are padded to."""
 
     arch: Architecture
     precision: Precision
@@ -33,11 +34,10 @@ class Subject:
     rules: tuple[ParameterRule, ...]
     batch: Batch
     samples: tuple[Lengths, ...]
-    steps: int
-    tile: float
-    fused: bool
-    token_multiple: int = PACK_MULTIPLE
+    steps: int = 0
+    reference: float = 0.0
     online: bool = False
+    token_multiple: int = PACK_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Estimate:
     packs: tuple[Pack, ...]
     stages: tuple[StageEstimate, ...]
     flops: float
-    forward_seconds: float
+    forward_seconds: float  # of one global batch
 
     @property
     def data_parallel(self) -> int:
@@ -99,8 +99,9 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Of the run's steps, and of one forward pass of the reference over an epoch where that is not online."""
-        return self.subject.steps * self.step_seconds / 3600
+        """Of the run's steps, and of the reference pass before them."""
+        reference = self.subject.reference * self.forward_seconds
+        return (self.subject.steps * self.step_seconds + reference) / 3600
 
     @property
     def peak_bytes(self) -> float:
@@ -134,72 +135,108 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
     """`gpus` is a multiple of the layout's model-parallel size, and the model can be cut so."""
     data_parallel = gpus // layout.model_parallel_size
     packs = busiest_packs(subject, layout, data_parallel)
-    model = Model(subject.arch, layout, subject.precision, subject.recompute, subject.fused)
-    rates, link = machine.rates_of(gpus), machine.link(layout.tensor)
     largest = max(packs, key=lambda pack: pack.tokens)
+    model = Model(subject.arch, layout, subject.precision, subject.recompute, machine.transformer_engine)
+    passages = _Passages(model, machine, gpus, subject.rules, packs)
     found = chunks(subject.arch.head.layers, layout)
-    parameters = {chunk: held(subject.arch, layout, chunk, subject.rules) for chunk in found}
     stages = []
-    flops = forward_seconds = 0.0
     for stage in range(layout.pipeline):
         own = [chunk for chunk in found if chunk.stage == stage]
-        works = _works(model, own, parameters, packs)
-        flops += sum(_useful(work) for work in works) * layout.tensor * data_parallel
-        total = sum((passage(work, rates, link) for work in works), Passage())
-        mean = Passage(*(part / len(packs) for part in (total.encoder, total.head, total.messages)))
-        messages = _stage_messages(model, layout, machine, data_parallel, stage, largest)
-        mean += Passage(messages=messages)
-        forward_seconds += sum(passage(Work(w.forward, {"encoder": (), "head": ()}), rates, link).total for w in works)
-        flat = [parameter for chunk in own for parameter in parameters[chunk]]
-        shared = _shared_words(flat, subject.arch, layout, stage)
+        weights = [_weights(subject.arch, layout.tensor, chunk, subject.rules) for chunk in own]
+        trained = sum(w.trained for w in weights)
+        passage_of = sum((passages.of(chunk) for chunk in own), Passage())
+        passage_of += Passage(messages=_stage_messages(model, layout, machine, data_parallel, stage, largest))
+        memory = stage_memory(model, machine, own, weights, largest, len(packs), data_parallel, subject.online)
+        shared = _shared_words(subject.arch, layout, stage)
         stages.append(
             StageEstimate(
                 layers=sum(len(chunk.layers) for chunk in own),
-                parameters=sum(parameter.count for parameter in flat),
-                memory=stage_memory(
-                    model,
-                    own,
-                    [parameters[chunk] for chunk in own],
-                    largest,
-                    len(packs),
-                    data_parallel,
-                    subject.tile,
-                    machine.process,
-                    subject.online,
-                ),
-                passage=mean,
-                ends=ends(flat, layout, subject.precision, machine, data_parallel, 2 / 3 * mean.total, shared),
+                parameters=sum(w.count for w in weights),
+                memory=memory,
+                passage=passage_of,
+                ends=ends(trained, layout, subject.precision, machine, data_parallel, 2 / 3 * passage_of.total, shared),
             )
         )
-    return Estimate(subject, layout, gpus, machine, packs, tuple(stages), flops, forward_seconds)
+    forward = [sum(passages.forward_of(c).total for c in found if c.stage == s) for s in range(layout.pipeline)]
+    return Estimate(
+        subject=subject,
+        layout=layout,
+        gpus=gpus,
+        machine=machine,
+        packs=packs,
+        stages=tuple(stages),
+        flops=sum(passages.useful_flops(chunk) for chunk in found) * layout.tensor * data_parallel,
+        forward_seconds=pipelined(forward, len(packs), layout.virtual_pipeline),
+    )
+
+
+class _Passages:
+    """Of the mean micro-batch through each chunk. Many chunks, and many packs, are alike: each kind is counted once."""
+
+    def __init__(
+        self, model: Model, machine: Machine, gpus: int, rules: tuple[ParameterRule, ...], packs: Sequence[Pack]
+    ) -> None:
+        self._model, self._rules = model, rules
+        self._rates, self._link = machine.rates_of(gpus), machine.link(model.layout.tensor)
+        self._packs = Counter(packs)
+        self._known: dict[tuple[int, bool, bool], tuple[Passage, Passage, float]] = {}
+
+    def of(self, chunk: Chunk) -> Passage:
+        return self._counted(chunk)[0]
+
+    def forward_of(self, chunk: Chunk) -> Passage:
+        return self._counted(chunk)[1]
+
+    def useful_flops(self, chunk: Chunk) -> float:
+        """Of all micro-batches; what is made anew not counted."""
+        return self._counted(chunk)[2]
+
+    def _counted(self, chunk: Chunk) -> tuple[Passage, Passage, float]:
+        kind = (len(chunk.layers), chunk.first, chunk.last)
+        if kind not in self._known:
+            weights = _weights(self._model.arch, self._model.layout.tensor, chunk, self._rules)
+            works = [(self._model.work(chunk, pack, weights), n) for pack, n in self._packs.items()]
+            count = sum(self._packs.values())
+            both = [(passage(work, self._rates, self._link), n) for work, n in works]
+            ahead = [(passage(work.forward_only, self._rates, self._link), n) for work, n in works]
+            flops = sum(n * work.useful_flops for work, n in works)
+            self._known[kind] = (_mean(both, count), _mean(ahead, count), flops)
+        return self._known[kind]
+
+
+def _mean(passages: Sequence[tuple[Passage, int]], count: int) -> Passage:
+    total = sum((p.scaled(n) for p, n in passages), Passage())
+    return total.scaled(1 / count)
+
+
+@lru_cache(maxsize=4096)
+def _weights(arch: Architecture, tensor: int, chunk: Chunk, rules: tuple[ParameterRule, ...]) -> Weights:
+    """Many layouts have chunks in common."""
+    return Weights.of(held(arch, Layout(tensor=tensor), chunk, rules))
 
 
 def busiest_packs(subject: Subject, layout: Layout, data_parallel: int) -> tuple[Pack, ...]:
     """As the loader packs them, of the rank that gets the most work."""
-    arch, batch = subject.arch, subject.batch
-    image = encoder_flops(arch.encoder, arch.encoder_layers)
-    sizes = [
-        Size(s.tokens, s.images, s.images * image + head_flops(arch.head, s.segments, s.scored)) for s in subject.samples
-    ]
-    ranks = plan_micro_batches(
-        sizes, data_parallel, batch.micro_tokens, batch.micro_images, layout.micro_batch_multiple
-    )
-    busiest = max(ranks, key=lambda bins: sum(sizes[i].flops for found in bins for i in found))
+    ranks = _packed(subject.arch, subject.batch, subject.samples, data_parallel, layout.micro_batch_multiple)
     multiple = layout.tensor * subject.token_multiple
-    return tuple(Pack(tuple(subject.samples[i] for i in found), multiple) for found in busiest)
+    return tuple(Pack(samples, multiple) for samples in ranks)
 
 
-def _works(
-    model: Model, own: Sequence[Chunk], parameters: dict[Chunk, tuple[Held, ...]], packs: Sequence[Pack]
-) -> list[Work]:
-    return [
-        model.work(chunk, pack, Trained.of(parameters[chunk]), parameters[chunk]) for chunk in own for pack in packs
-    ]
+@lru_cache(maxsize=256)
+def _packed(
+    arch: Architecture, batch: Batch, samples: tuple[Lengths, ...], data_parallel: int, multiple: int
+) -> tuple[tuple[Lengths, ...], ...]:
+    """Many layouts have their packs in common."""
+    sizes = [Size(s.tokens, s.images, _flops(arch, s)) for s in samples]
+    ranks = plan_micro_batches(sizes, data_parallel, batch.micro_tokens, batch.micro_images, multiple)
+    busiest = max(ranks, key=lambda bins: sum(sizes[i].flops for found in bins for i in found))
+    return tuple(tuple(samples[i] for i in found) for found in busiest)
 
 
-def _useful(work: Work) -> float:
-    ways = (work.forward, work.backward)
-    return sum(op.flops for way in ways for ops in way.values() for op in ops if not op.name.endswith("again"))
+def _flops(arch: Architecture, sample: Lengths) -> float:
+    """As the loader weighs samples."""
+    one = encoder_flops(arch.encoder, arch.encoder.layers, sample.places // sample.images) if sample.images else 0.0
+    return sample.images * one + head_flops(arch.head, sample.segments, sample.scored)
 
 
 def _stage_messages(
@@ -215,7 +252,7 @@ def _stage_messages(
     return 2 * crossings * (link.seconds + sent / link.bandwidth)
 
 
-def _shared_words(parameters: Sequence[Held], arch: Architecture, layout: Layout, stage: int) -> int:
+def _shared_words(arch: Architecture, layout: Layout, stage: int) -> int:
     """Entries of tied embeddings, whose gradients the first and the last stage add up."""
     if not arch.head.tied_embeddings or layout.pipeline == 1 or stage not in (0, layout.pipeline - 1):
         return 0

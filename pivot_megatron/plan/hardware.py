@@ -61,12 +61,9 @@ def gpu(name: str) -> Machine:
         },
         node=Link(pauses["link"], sheet["link_gigabytes_a_second"] * 1e9 * assumed["link_share"]),
         network=Link(pauses["network"], sheet["network_gigabytes_a_second"] * 1e9 * assumed["link_share"]),
+        logits_tile=assumed["logits_tile_mebibytes"] * 2.0**20,
+        transformer_engine=True,
     )
-
-
-def gpu_tile() -> float:
-    """Bytes of logits that stand at once on a GPU."""
-    return float(_constants("hardware.yaml")["assumptions"]["logits_tile_mebibytes"]) * 2**20
 
 
 def assumed_lengths(kind: str) -> Mapping[str, int]:

@@ -141,7 +141,9 @@ def backward(
     ]
 
 
-def messages(numbers: Numbers, width: int, name: Literal["gather", "scatter", "reduce"], tokens: list[int]) -> list[Operation]:
+def messages(
+    numbers: Numbers, width: int, name: Literal["gather", "scatter", "reduce"], tokens: list[int]
+) -> list[Operation]:
     """Ring collectives of activations over tensor-parallel ranks: an all-gather and a reduce-scatter send (n - 1) / n of all
     bytes, an all-reduce twice that (Thakur et al. 2005)."""
     ranks = numbers.tensor
@@ -162,14 +164,14 @@ _LAUNCHES = 30.0
 
 # Entries read and written for each entry of what they are about, (forward, backward), by the passes that each kind makes:
 # as torch's kernels that runtime/norm.py, model/rotary.py and model/swiglu.py call, one after another.
-_NORM = {"RMSNorm": (5.0, 18.0), "LayerNorm": (3.0, 8.0), "fused": (2.0, 5.0)}
-_RESIDUAL = (3.0, 3.0)
+NORM_PASSES = {"RMSNorm": (5.0, 18.0), "LayerNorm": (3.0, 8.0), "fused": (2.0, 5.0)}
+RESIDUAL_PASSES = (3.0, 3.0)
+ROTATION_PASSES = (5.0, 5.0)
+SWIGLU_PASSES = (5.0, 11.0)
+GELU_PASSES = (2.0, 3.0)
 _BIAS = (2.0, 1.0)
-_ROTATION = (5.0, 5.0)
 _GATHERED_KEYS = (2.0, 3.0)
 _LAID_TOGETHER = (2.0, 2.0)
-_SWIGLU = (5.0, 11.0)
-_GELU = (2.0, 3.0)
 
 
 def _touched(
@@ -181,8 +183,8 @@ def _touched(
     kind = "fused" if numbers.fused_norms else "RMSNorm" if layer.gated and not layer.biased else "LayerNorm"
     biases = layer.biased * _BIAS[way]
     residual = (tokens + wide) * layer.hidden / numbers.tensor  # one after attention and one after the MLP
-    total = residual * (_NORM[kind][way] + _RESIDUAL[way] + biases)
+    total = residual * (NORM_PASSES[kind][way] + RESIDUAL_PASSES[way] + biases)
     total += tokens * (query * _LAID_TOGETHER[way] + (query + 2 * key) * (_BIAS[way] + (way and _LAID_TOGETHER[way])))
     if layer.causal:
-        total += tokens * (query + key) * _ROTATION[way] + 2 * keys * key * _GATHERED_KEYS[way]
-    return total + wide * ffn * (_SWIGLU[way] if layer.gated else _GELU[way] + biases)
+        total += tokens * (query + key) * ROTATION_PASSES[way] + 2 * keys * key * _GATHERED_KEYS[way]
+    return total + wide * ffn * (SWIGLU_PASSES[way] if layer.gated else GELU_PASSES[way] + biases)

@@ -50,8 +50,8 @@ class Link(Strict):
 @dataclass(frozen=True)
 class Rates(Strict):
     """Of one device while all of its node's compute. `gemm`, `attention`: by the dtype of their inputs (`bf16`, `fp32`,
-    `fp8`); `peak`: FLOP/s that utilisation is counted against. `elementwise`: bytes read and written a second by what is no product; `launch`: seconds that any of its kernels takes
-    by itself. `update`: bytes a second of the optimizer."""
+    `fp8`); `peak`: FLOP/s that utilisation is counted against. `elementwise`: bytes read and written a second by what is no
+    product; `launch`: seconds that any of its kernels takes by itself. `update`: bytes a second of the optimizer."""
 
     peak: Mapping[str, float]
     gemm: Mapping[str, Roofline]
@@ -65,7 +65,8 @@ class Rates(Strict):
 class Machine(Strict):
     """`memory`: bytes of a device that a process may fill; `process`: bytes of it that a process takes before it holds a
     model. `rates`: by the number of a node's devices that compute at once, which on a CPU share its cores; the one for the
-    largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it."""
+    largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it.
+    `logits_tile`: bytes of logits that stand at once; `transformer_engine`: layers are its own."""
 
     name: str
     source: str
@@ -75,6 +76,8 @@ class Machine(Strict):
     rates: Mapping[int, Rates]
     node: Link
     network: Link
+    logits_tile: float
+    transformer_engine: bool
 
     def rates_of(self, processes: int) -> Rates:
         """Of a device while `processes` run, at most a node's devices of them side by side."""
@@ -95,7 +98,9 @@ def read_machine(path: Path) -> Machine:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {error}") from None
+        raise UserError(
+            f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {error}"
+        ) from None
     return machine_of(tree, str(path))
 
 

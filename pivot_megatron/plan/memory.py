@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
 from pivot_megatron.config.schema import Layout, Precision
 from pivot_megatron.plan.layer_work import LayerShape, Numbers
-from pivot_megatron.plan.model_work import Model, encoder_layer, head_layer, numbers_of
-from pivot_megatron.plan.parameters import Held
+from pivot_megatron.plan.machine import Machine
+from pivot_megatron.plan.model_work import Model, Weights, encoder_layer, head_layer, numbers_of
 from pivot_megatron.plan.stages import Chunk
 from pivot_megatron.plan.workload import Pack
 
@@ -42,20 +42,17 @@ def weight_bytes(precision: Precision) -> int:
 
 def stage_memory(
     model: Model,
+    machine: Machine,
     chunks: Sequence[Chunk],
-    parameters: Sequence[Iterable[Held]],
+    weights: Sequence[Weights],
     pack: Pack,
     micro_batches: int,
     data_parallel: int,
-    tile: float,
-    process: float,
     online_reference: bool,
 ) -> Memory:
-    """`chunks` of one stage, with the `parameters` of each. `pack`: the largest micro-batch. `tile`: bytes of logits at once."""
+    """`chunks` of one stage, with the `weights` of each. `pack`: the largest micro-batch."""
     size = weight_bytes(model.precision)
-    held = [parameter for found in parameters for parameter in found]
-    count = sum(p.count for p in held)
-    trained = sum(p.count for p in held if p.trains)
+    count, trained = sum(w.count for w in weights), sum(w.trained for w in weights)
     # Two moments, and with 16-bit weights a master copy: all float32, split over the replicas.
     optimizer = (8 if size == 4 else 12) * trained / data_parallel
     head = head_layer(model.arch.head)
@@ -78,10 +75,10 @@ def stage_memory(
         optimizer=optimizer,
         activations=activations + 2 * _stream(head, numbers, pack.tokens) * alive,
         encoder=encoder,
-        logits=_logits(tile, pack, head.hidden, numbers) if last else 0.0,
+        logits=_logits(machine.logits_tile, pack, head.hidden, numbers) if last else 0.0,
         working=working,
         reference=size * count if online_reference else 0.0,
-        process=process,
+        process=machine.process,
     )
 
 
@@ -138,9 +135,9 @@ def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
     """(kept, working) bytes of encoder and projector."""
     arch, tensor = model.arch, model.layout.tensor
     numbers = numbers_of(model.precision, "encoder", tensor, model.fused)
-    layer, places = encoder_layer(arch.encoder), pack.images * arch.encoder.places
+    layer, (images, places) = encoder_layer(arch.encoder), pack.images(arch.encoder.places)
     kept = kept_bytes(layer, numbers, places, places, model.recompute.encoder)
-    pixels = 4.0 * pack.images * 3 * arch.encoder.image_size**2
+    pixels = 4.0 * images * 3 * arch.encoder.image_size**2
     # The projector's input, its activation's input and output, and its own output, whole.
     projector = numbers.size * places * (arch.encoder.hidden / tensor + (2 / tensor + 1) * arch.head.hidden)
     working = _working(layer, numbers, places, places, model.recompute.encoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,23 +21,35 @@ _LOGITS_PASSES = 6.0
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Shares of a chunk's weights that train, by part; `before_head`: whether anything in front of the language model's
-    layers does, so that gradients must come through all of them."""
+class Weights:
+    """Of a chunk: how many, and how many of them train; `encoder`, `projector`, `llm`: the share of each that trains. `added`: by
+    part, the numbers of weights and of tensors whose gradients are added up in a pass of their own."""
 
+    count: int
+    trained: int
     encoder: float
     projector: float
     llm: float
+    added: tuple[tuple[Part, int, int], ...]
 
     @classmethod
-    def of(cls, parameters: Iterable[Held]) -> Trained:
-        parameters = list(parameters)
-
+    def of(cls, parameters: Sequence[Held]) -> Weights:
         def share(part: str) -> float:
             counts = [(p.count, p.trains) for p in parameters if p.name.startswith(part + ".")]
             return sum(count for count, trains in counts if trains) / max(1, sum(count for count, _ in counts))
 
-        return cls(share("encoder"), share("projector"), share("llm"))
+        training = [p for p in parameters if p.trains]
+        vision = [p.count for p in training if not p.name.startswith("llm.")]
+        # The vocabulary's two ends add theirs straight to the buffer.
+        layers = [p.count for p in training if p.name.startswith("llm.") and "decoder." in p.name]
+        return cls(
+            count=sum(p.count for p in parameters),
+            trained=sum(p.count for p in training),
+            encoder=share("encoder"),
+            projector=share("projector"),
+            llm=share("llm"),
+            added=(("encoder", sum(vision), len(vision)), ("head", sum(layers), len(layers))),
+        )
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,14 @@ class Work:
     backward: Mapping[Part, tuple[Operation, ...]]
 
     @property
-    def flops(self) -> float:
-        return sum(op.flops for way in (self.forward, self.backward) for ops in way.values() for op in ops)
+    def useful_flops(self) -> float:
+        """What is made anew not counted."""
+        every = [op for way in (self.forward, self.backward) for ops in way.values() for op in ops]
+        return sum(op.flops for op in every if not op.name.endswith("again"))
+
+    @property
+    def forward_only(self) -> Work:
+        return Work(self.forward, {"encoder": (), "head": ()})
 
 
 def encoder_layer(arch: EncoderArchitecture) -> LayerShape:
@@ -93,27 +111,18 @@ class Model:
     recompute: Recompute
     fused: bool  # Transformer Engine's layers, whose products add weight gradients up themselves
 
-    def work(self, chunk: Chunk, pack: Pack, trained: Trained, parameters: Iterable[Held]) -> Work:
-        encoder_forward, encoder_backward = self._vision(pack, trained) if chunk.first else ([], [])
-        head_forward, head_backward = self._layers(chunk, pack, trained)
+    def work(self, chunk: Chunk, pack: Pack, weights: Weights) -> Work:
+        encoder_forward, encoder_backward = self._vision(pack, weights) if chunk.first else ([], [])
+        head_forward, head_backward = self._layers(chunk, pack, weights)
         if chunk.first:
             head_forward = [*self._words(pack), *head_forward]
         if chunk.last:
-            forward, backward = self._logits(pack, trained)
+            forward, backward = self._logits(pack, weights)
             head_forward, head_backward = [*head_forward, *forward], [*head_backward, *backward]
-        added = {
-            "encoder": [p for p in parameters if p.trains and not p.name.startswith("llm.")],
-            "head": [p for p in parameters if p.trains and p.name.startswith("llm.") and "decoder." in p.name],
-        }
-        adding: dict[str, tuple[Operation, ...]] = {
-            part: self._adding(sum(p.count for p in found), len(found)) for part, found in added.items()
-        }
+        backwards: dict[Part, list[Operation]] = {"encoder": encoder_backward, "head": head_backward}
         return Work(
             forward={"encoder": tuple(encoder_forward), "head": tuple(head_forward)},
-            backward={
-                "encoder": (*encoder_backward, *adding["encoder"]),
-                "head": (*head_backward, *adding["head"]),
-            },
+            backward={part: (*backwards[part], *self._adding(count, n)) for part, count, n in weights.added},
         )
 
     def _adding(self, count: int, tensors: int) -> tuple[Operation, ...]:
@@ -124,13 +133,14 @@ class Model:
         each = 8.0 if self.fused else 8.0 + 2 * size  # alone, a gradient is written and read once more
         return (Operation("adding up weight gradients", "elementwise", traffic=each * count, launches=tensors),)
 
-    def _vision(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+    def _vision(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
         arch, tensor = self.arch.encoder, self.layout.tensor
         numbers = numbers_of(self.precision, "encoder", tensor, self.fused)
-        layer, places = encoder_layer(arch), pack.images * arch.places
-        segments = [(arch.places, arch.places)] * pack.images
+        layer, (images, places) = encoder_layer(arch), pack.images(arch.places)
+        segments = [(places // images, places // images)] * images
+        patches = places - images * int(arch.class_token)
         embedding = product(
-            "patch embedding", pack.images * arch.tokens, arch.hidden, 3 * arch.patch_size**2, numbers.dtype, numbers.size
+            "patch embedding", patches, arch.hidden, 3 * arch.patch_size**2, numbers.dtype, numbers.size
         )
         once = layer_work.forward(layer, numbers, places, segments, None)
         forward = [embedding, *_repeated(once, self.arch.encoder_layers)]
@@ -146,10 +156,10 @@ class Model:
         projector_forward, projector_backward = self._projector(pack, trained)
         return [*forward, *projector_forward], [*projector_backward, *backward]
 
-    def _projector(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+    def _projector(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
         encoder, head, tensor = self.arch.encoder, self.arch.head, self.layout.tensor
         numbers = numbers_of(replace(self.precision, fp8=None), "encoder", tensor, self.fused)
-        places, width = pack.images * encoder.places, head.hidden
+        (_, places), width = pack.images(encoder.places), head.hidden
         linears = (("projector fc1", width // tensor, encoder.hidden), ("projector fc2", width, width // tensor))
 
         def products(suffix: str, turned: bool, weights: bool) -> list[Operation]:
@@ -161,7 +171,9 @@ class Model:
 
         gathered = messages(numbers, head.hidden, "gather", [places, places])
         forward = [*products("", False, False), *gathered]
-        backward = [*products(", towards its input", True, False), *gathered] if trained.encoder or trained.projector else []
+        backward = (
+            [*products(", towards its input", True, False), *gathered] if trained.encoder or trained.projector else []
+        )
         if trained.projector:
             backward += _share(products(", towards its weight", False, True), trained.projector)
         return forward, backward
@@ -175,7 +187,7 @@ class Model:
             *messages(numbers, self.arch.head.hidden, "reduce", [pack.tokens]),
         ]
 
-    def _layers(self, chunk: Chunk, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+    def _layers(self, chunk: Chunk, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
         arch, numbers = self.arch.head, self._head_numbers
         shape, segments = head_layer(arch), pack.segments
         forward: list[Operation] = []
@@ -191,7 +203,7 @@ class Model:
             backward += _repeated([*self._again(once, self.recompute.llm), *_share(back, trained.llm)], times)
         return forward, backward
 
-    def _logits(self, pack: Pack, trained: Trained) -> tuple[list[Operation], list[Operation]]:
+    def _logits(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
         arch, numbers = self.arch.head, self._head_numbers
         tokens, words, width = pack.scored, arch.padded_vocabulary // self.layout.tensor, arch.hidden
         logits = product("logits", tokens, words, width, numbers.dtype, 4)

@@ -10,7 +10,6 @@ from pivot_megatron.plan.layer_work import Operation
 from pivot_megatron.plan.machine import Link, Machine, Rates
 from pivot_megatron.plan.memory import weight_bytes
 from pivot_megatron.plan.model_work import Part, Work
-from pivot_megatron.plan.parameters import Held
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class Passage:
 
     def __add__(self, other: Passage) -> Passage:
         return Passage(self.encoder + other.encoder, self.head + other.head, self.messages + other.messages)
+
+    def scaled(self, factor: float) -> Passage:
+        return Passage(factor * self.encoder, factor * self.head, factor * self.messages)
 
 
 def seconds(op: Operation, rates: Rates, link: Link, back: bool) -> float:
@@ -48,7 +50,10 @@ def passage(work: Work, rates: Rates, link: Link) -> Passage:
     """`link`: between tensor-parallel ranks."""
 
     def of(part: Part, messages: bool) -> float:
-        ways: tuple[tuple[Mapping[Part, Iterable[Operation]], bool], ...] = ((work.forward, False), (work.backward, True))
+        ways: tuple[tuple[Mapping[Part, Iterable[Operation]], bool], ...] = (
+            (work.forward, False),
+            (work.backward, True),
+        )
         return sum(
             seconds(op, rates, link, back)
             for way, back in ways
@@ -62,8 +67,8 @@ def passage(work: Work, rates: Rates, link: Link) -> Passage:
 @dataclass(frozen=True)
 class Ends:
     """What a step takes besides its micro-batches, on the stage where that is longest: seconds for `gradients` (their
-    reduction over replicas, and of tied embeddings over the first and the last stage), for the `update` with the gradient's norm and
-    clipping, and to `gather` the weights."""
+    reduction over replicas, and of tied embeddings over the first and the last stage), for the `update` with the gradient's
+    norm and clipping, and to `gather` the weights."""
 
     gradients: float
     update: float
@@ -71,7 +76,7 @@ class Ends:
 
 
 def ends(
-    parameters: Sequence[Held],
+    trained: int,
     layout: Layout,
     precision: Precision,
     machine: Machine,
@@ -79,11 +84,10 @@ def ends(
     backward_seconds: float,
     shared_words: int,
 ) -> Ends:
-    """`backward_seconds`: of one micro-batch, in which an overlapped reduction hides, as a gather does in the next forward
-    pass. `shared_words`: entries of tied embeddings that two stages hold; 0 where one does."""
+    """`trained`: weights of a rank that train. `backward_seconds`: of one micro-batch, in which an overlapped reduction hides, as
+    a gather does in the next forward pass. `shared_words`: entries of tied embeddings that two stages hold; 0 where one does."""
     processes = layout.model_parallel_size * data_parallel
     rates = machine.rates_of(processes)
-    trained = sum(p.count for p in parameters if p.trains)
     size = weight_bytes(precision)
     share = (data_parallel - 1) / data_parallel
     link = machine.link(data_parallel, layout.tensor)

@@ -9,12 +9,14 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Lengths:
-    """A sample's tokens: `prefix` with its `images`, and each branch. `scored`: tokens with loss. `patches`: of all its images."""
+    """A sample's tokens: `prefix` with its images', and each branch. `scored`: tokens with loss. `images`: sequences that go
+    through the encoder, of `places` tokens between them."""
 
     prefix: int
     branches: tuple[int, ...]
     scored: int
-    images: int = 1
+    images: int
+    places: int
 
     @property
     def tokens(self) -> int:
@@ -60,10 +62,10 @@ class Pack:
     def scored(self) -> int:
         return sum(sample.scored for sample in self.samples)
 
-    @cached_property
-    def images(self) -> int:
-        """That go through the encoder: one blank image where there is none."""
-        return max(1, sum(sample.images for sample in self.samples))
+    def images(self, blank: int) -> tuple[int, int]:
+        """(sequences, tokens) of the encoder's: a blank image of `blank` tokens where no sample has any."""
+        images = sum(sample.images for sample in self.samples)
+        return (images, sum(sample.places for sample in self.samples)) if images else (1, blank)
 
 
 def visible(segments: Sequence[tuple[int, int]]) -> float:

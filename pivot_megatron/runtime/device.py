@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -43,6 +44,19 @@ def current_platform() -> Platform:
 def device_count() -> int:
     """GPUs of this machine, 0 on a CPU machine."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device_name() -> str | None:
+    """Of this process's GPU, None on a CPU machine."""
+    return torch.cuda.get_device_name() if current_platform().is_cuda else None
+
+
+def device_memory() -> tuple[float, float]:
+    """(all, taken) bytes: of this process's GPU, whoever took them, or of the machine and by this process."""
+    if current_platform().is_cuda:
+        free, whole = torch.cuda.mem_get_info()
+        return float(whole), float(whole - free)
+    return float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
 
 
 def beside_training(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

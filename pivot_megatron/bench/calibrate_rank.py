@@ -1,0 +1,243 @@
+"""What one process measures of its device while the others measure the same: seconds of kernels of many shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from pivot_megatron.config.schema import Precision
+from pivot_megatron.model.swiglu import SwiGlu
+from pivot_megatron.plan.layer_work import NORM_PASSES, RESIDUAL_PASSES, SWIGLU_PASSES
+from pivot_megatron.plan.workload import visible
+from pivot_megatron.runtime.attention import Heads, Kernel, Spans, build_kernel
+from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.norm import RmsNorm
+from pivot_megatron.runtime.stopwatch import Stopwatch
+
+_LEAST = 0.04  # seconds that a kernel is run for before its time is taken, and how often that is done
+_TIMES = 5
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`what` was done once, in so many `seconds`; `kernel` names its shape. `traffic` in bytes."""
+
+    what: str
+    kernel: str
+    dtype: str
+    flops: float
+    traffic: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a micro-batch, (rows, columns) of weights, and (query heads, groups, width, tokens, causal) of attention: those
+    that models for such a machine have."""
+
+    tokens: tuple[int, ...]
+    weights: tuple[tuple[int, int], ...]
+    attention: tuple[tuple[int, int, int, int, bool], ...]
+    updated: int
+    messages: tuple[int, ...]
+
+
+CPU = Sizes(
+    tokens=(120, 360, 720),
+    weights=((384, 384), (1536, 384), (512, 512), (2816, 512), (512, 1408), (1024, 1024), (5632, 1024), (1024, 2816)),
+    attention=((8, 2, 64, 680, True), (16, 4, 64, 680, True), (6, 6, 64, 576, False)),
+    updated=20_000_000,
+    messages=(4_096, 1_500_000, 3_000_000, 40_000_000),
+)
+GPU = Sizes(
+    tokens=(1024, 4096, 8192),
+    weights=((1152, 1152), (4352, 1152), (1536, 1536), (17920, 1536), (3584, 3584), (37888, 3584), (3584, 18944)),
+    attention=((12, 2, 128, 836, True), (28, 4, 128, 836, True), (16, 16, 72, 576, False)),
+    updated=200_000_000,
+    messages=(16_384, 4_000_000, 50_000_000, 400_000_000),
+)
+
+
+def measure(precision: Precision) -> Iterator[Sample]:
+    """Of this process's device; every process of the group takes part, each in step with the others."""
+    sizes = GPU if current_platform().is_cuda else CPU
+    yield from _products(sizes, precision.compute)
+    yield from _attention(sizes, precision.compute)
+    yield from _elementwise(sizes, precision.compute)
+    yield _update(sizes)
+    yield _launch()
+    if dist.get_world_size() > 1:
+        yield from _messages(sizes)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one call, the median of several batches of calls."""
+    watch = Stopwatch(current_platform())
+    run()
+    dist.barrier()
+    calls = 1
+    found: list[float] = []
+    while len(found) < _TIMES:
+        watch.start()
+        for _ in range(calls):
+            run()
+        watch.stop()
+        seconds = watch.reset()
+        if seconds < _LEAST / 2:
+            calls = max(2 * calls, int(calls * _LEAST / max(seconds, 1e-7)))
+        else:
+            found.append(seconds / calls)
+    return median(found)
+
+
+def messages_seconds(run: Callable[[], object]) -> float:
+    """Of one collective call: every process makes as many."""
+    dist.barrier()
+    found = []
+    for _ in range(3 * _TIMES):
+        began = time.perf_counter()
+        run()
+        if current_platform().is_cuda:
+            dist.barrier()
+        found.append(time.perf_counter() - began)
+    return median(found)
+
+
+def _products(sizes: Sizes, dtype: str) -> Iterator[Sample]:
+    """A linear's forward product, and both of its backward pass, as torch lays them out."""
+    device, kind = current_platform().device, _DTYPES[dtype]
+    size = kind.itemsize
+    for m in sizes.tokens:
+        for n, k in sizes.weights:
+            x, w, y = (torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k), (m, n)))
+            for name, a, b in (("forward", x, w.t()), ("input", y, w), ("weight", y.t(), x)):
+                out = torch.mm(a, b)
+                run = _times(a, b, out)
+                traffic = float(size * (m * n + n * k + m * k))
+                yield Sample("gemm", f"{name} {m}x{n}x{k}", dtype, 2.0 * m * n * k, traffic, seconds_of(run))
+
+
+def _times(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _attention(sizes: Sizes, dtype: str) -> Iterator[Sample]:
+    device, kind = current_platform().device, _DTYPES[dtype]
+    for heads, groups, width, tokens, causal in sizes.attention:
+        kernel = build_kernel(Heads(heads, groups, width, width**-0.5, causal), kind)
+        ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        spans = Spans(((tokens, tokens),), ends, ends)
+        q, k, v = (
+            torch.randn(tokens, n, width, device=device, dtype=kind, requires_grad=True)
+            for n in (heads, groups, groups)
+        )
+        seen = visible([(tokens, tokens)]) if causal else float(tokens**2)
+        flops = 4.0 * seen * heads * width
+        name = f"{heads} heads of {width}, {tokens} tokens{', causal' if causal else ''}"
+        out = kernel(q, k, v, spans)
+        slope = torch.randn_like(out)
+
+        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, kernel: Kernel = kernel, spans: Spans = spans) -> None:
+            with torch.no_grad():
+                kernel(q, k, v, spans)
+
+        def backward(
+            out: Tensor = out, slope: Tensor = slope, inputs: Sequence[Tensor] = (q, k, v)
+        ) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, list(inputs), slope, retain_graph=True)
+
+        yield Sample("attention forward", name, dtype, flops, 0.0, seconds_of(forward))
+        yield Sample("attention backward", name, dtype, 2.5 * flops, 0.0, seconds_of(backward))
+
+
+def _elementwise(sizes: Sizes, dtype: str) -> Iterator[Sample]:
+    """Norms, activations and residual sums, forward and backward, with the traffic that plans count for them."""
+    device, kind = current_platform().device, _DTYPES[dtype]
+    tokens = max(sizes.tokens)
+    for rows, columns in sizes.weights:
+        norm = RmsNorm(columns, 1e-6, kind).to(device)
+        x = torch.randn(tokens, columns, device=device, dtype=kind, requires_grad=True)
+        both = torch.randn(tokens, 2 * rows, device=device, dtype=kind, requires_grad=True)
+        slope, wide = torch.randn_like(x), torch.randn(tokens, rows, device=device, dtype=kind)
+        swiglu = SwiGlu(None)
+
+        def normed(norm: RmsNorm = norm, x: Tensor = x, slope: Tensor = slope) -> None:
+            torch.autograd.grad(norm(x), [x, norm.weight], slope)
+
+        def gated(swiglu: SwiGlu = swiglu, both: Tensor = both, wide: Tensor = wide) -> None:
+            torch.autograd.grad(swiglu(both), both, wide)
+
+        def summed(x: Tensor = x, slope: Tensor = slope) -> None:
+            with torch.no_grad():
+                torch.add(x, slope)
+
+        size = kind.itemsize
+        touched: dict[str, tuple[Callable[[], object], float]] = {
+            "norm": (normed, sum(NORM_PASSES["RMSNorm"]) * tokens * columns),
+            "swiglu": (gated, sum(SWIGLU_PASSES) * tokens * rows),
+            "residual": (summed, RESIDUAL_PASSES[0] * tokens * columns),
+        }
+        for name, (run, entries) in touched.items():
+            width = rows if name == "swiglu" else columns
+            yield Sample("elementwise", f"{name} {tokens}x{width}", dtype, 0.0, size * entries, seconds_of(run))
+
+
+def _update(sizes: Sizes) -> Sample:
+    """The passes of an optimizer step over float32 weights: zeroed gradients, their norm, clipping, Adam."""
+    device = current_platform().device
+    weight, grad, first, second = (torch.rand(sizes.updated, device=device) for _ in range(4))
+    step = torch.tensor(1.0, device=device)
+    options = {"beta1": 0.9, "beta2": 0.999, "lr": 1e-6, "weight_decay": 0.0, "eps": 1e-8}
+
+    def run() -> None:
+        grad.zero_()
+        torch.linalg.vector_norm(grad)
+        grad.mul_(0.9)
+        adamw(
+            [weight],
+            [grad],
+            [first],
+            [second],
+            [],
+            [step],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            **options,  # type: ignore[arg-type]
+        )
+
+    return Sample("update", f"{sizes.updated} weights", "fp32", 0.0, 44.0 * sizes.updated, seconds_of(run))
+
+
+def _launch() -> Sample:
+    few = torch.zeros(16, device=current_platform().device)
+    return Sample("launch", "sum of 16", "fp32", 0.0, 0.0, seconds_of(lambda: few.add(1.0)))
+
+
+def _messages(sizes: Sizes) -> Iterator[Sample]:
+    """Ring collectives over all processes, with the bytes that one sends."""
+    device, world = current_platform().device, dist.get_world_size()
+    share = (world - 1) / world
+    for size in sizes.messages:
+        whole = torch.zeros(world * -(-size // (4 * world)), device=device)
+        part = torch.zeros(whole.numel() // world, device=device)
+        sent = share * whole.numel() * 4
+        gathered = _gathering(whole, part)
+        yield Sample("message", f"all-gather {size}", "fp32", 0.0, sent, messages_seconds(gathered))
+        yield Sample("message", f"all-reduce {size}", "fp32", 0.0, 2 * sent, messages_seconds(_reducing(whole)))
+
+
+def _gathering(whole: Tensor, part: Tensor) -> Callable[[], object]:
+    return lambda: dist.all_gather_into_tensor(whole, part)
+
+
+def _reducing(whole: Tensor) -> Callable[[], object]:
+    return lambda: dist.all_reduce(whole)

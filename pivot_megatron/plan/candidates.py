@@ -1,0 +1,63 @@
+"""Which layouts a plan looks at: all that the model can be cut by, and of uneven pipelines those that could be even in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.fit import misfits
+
+_VIRTUAL = (1, 2, 4)
+
+
+def layouts(
+    arch: Architecture, precision: Precision, own: Layout, gpus: int, node: int, samples: int
+) -> Iterator[Layout]:
+    """For `gpus` devices, `node` of them a node: tensor parallelism stays within one. Replicas overlap their collectives with
+    what else there is to do. `own`: the run's layout, of which what is not planned is kept. `samples` of a global batch: more
+    replicas than that would have nothing to do."""
+    for tensor in _divisors(gpus):
+        if tensor > node or misfits(arch, Layout(tensor=tensor), precision):
+            continue
+        for pipeline in _divisors(gpus // tensor):
+            if pipeline > arch.head.layers or gpus // (tensor * pipeline) > samples:
+                continue
+            overlaps = gpus > tensor * pipeline
+            for first, last in _ends(arch.head.layers, pipeline):
+                for virtual in _VIRTUAL if pipeline > 1 else (1,):
+                    layout = replace(
+                        own,
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        first_stage_layers=first,
+                        last_stage_layers=last,
+                        overlap_gradient_reduce=overlaps,
+                        overlap_parameter_gather=overlaps,
+                    )
+                    if not misfits(arch, layout, precision):
+                        yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _ends(layers: int, stages: int) -> Iterator[tuple[int | None, int | None]]:
+    """(first, last) stage's layers, None for as many as all others: fewer where the encoder stands, or the output layer."""
+    if layers % stages == 0:
+        yield None, None
+    if stages == 1:
+        return
+    for first in range(1, layers // stages + 1):
+        if (layers - first) % (stages - 1) == 0 and layers != first * stages:
+            yield first, None
+    if stages < 3:
+        return
+    for between in range(-(-layers // stages), -(-layers // stages) + 2):
+        both = layers - between * (stages - 2)
+        for last in range(max(1, both // 2), min(between, both - 1) + 1):
+            if both - last <= between and (both - last, last) != (between, between):
+                yield both - last, last

@@ -1,0 +1,110 @@
+"""What is to be planned, from a run's config: its model, its batch, and the lengths of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+from pivot_megatron.config.schema import Dpo, RunConfig
+from pivot_megatron.convert.start import describe_start
+from pivot_megatron.data.build import PACK_MULTIPLE, build_loader
+from pivot_megatron.data.sample import BadSample
+from pivot_megatron.data.tokens import Tokenized
+from pivot_megatron.errors import UserError
+from pivot_megatron.families.architecture import EncoderArchitecture
+from pivot_megatron.model.composition import Architecture
+from pivot_megatron.objective.build import build_objective
+from pivot_megatron.plan.estimate import Subject
+from pivot_megatron.plan.hardware import assumed_lengths, known_architecture
+from pivot_megatron.plan.workload import Lengths
+from pivot_megatron.runtime.fp8 import token_multiple
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None where nobody knows."""
+
+    subject: Subject
+    lengths: str
+    count: int | None
+
+
+def planned(config: RunConfig, encoder: str | None, head: str | None, samples: int | None) -> Planned:
+    """`encoder`, `head`: names of models.yaml that stand in for the run's own, both or none. `samples`: of an epoch, where the
+    run's data are not here. Raises UserError where the model is neither named nor here."""
+    arch = _architecture(config, encoder, head)
+    found, count = _measured(config) or (None, None)
+    lengths = found or _assumed(config, arch)
+    count = count if samples is None else samples
+    batch = config.batch
+    online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
+    cached = isinstance(config.objective, Dpo) and not online
+    steps = batch.steps or (int(count * (batch.epochs or 0) // batch.global_size) if count else 0)
+    fp8 = config.precision.fp8_of("llm")
+    subject = Subject(
+        arch=arch,
+        precision=config.precision,
+        recompute=config.recompute,
+        rules=config.parameters,
+        batch=batch,
+        samples=tuple(islice(cycle(lengths), batch.global_size)),
+        steps=steps,
+        reference=count / batch.global_size if cached and count else 0.0,
+        online=online,
+        token_multiple=max(PACK_MULTIPLE, token_multiple(fp8.recipe if fp8 else None)),
+    )
+    return Planned(subject, "measured on the run's own data" if found else "assumed, see hardware.yaml", count)
+
+
+def _architecture(config: RunConfig, encoder: str | None, head: str | None) -> Architecture:
+    if (encoder is None) != (head is None):
+        raise UserError("pivot plan: expected both of --encoder and --head or neither, found one of them")
+    if encoder is not None and head is not None:
+        return replace(known_architecture(encoder, head), anyres=config.model.anyres)
+    try:
+        return describe_start(config.model).architecture()
+    except UserError as error:
+        raise UserError(
+            f"{error}; to plan without the model's files, name --encoder and --head, such as "
+            "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b"
+        ) from None
+
+
+def _measured(config: RunConfig) -> tuple[list[Lengths], int] | None:
+    """Lengths of the run's first global batch, and how many samples it has; None where its data or its tokenizer are not here."""
+    branches = build_objective(config.objective).branches
+    try:
+        start = describe_start(config.model)
+        arch = start.architecture()
+        views = start.image_views()
+        loader = build_loader(config, start.llm, views, arch.encoder, arch.head, branches, 0, 1, with_images=False)
+    except UserError:
+        return None
+    found = []
+    for index in loader.order.batch(0, config.batch.global_size):
+        try:
+            found.append(lengths_of(loader.tokenized(index), arch.encoder))
+        except BadSample:  # left out, as a run does or says
+            continue
+    return (found, len(loader.order)) if found else None
+
+
+def lengths_of(sample: Tokenized, encoder: EncoderArchitecture) -> Lengths:
+    patches = sum(rows * columns for view in sample.views for rows, columns in view.grids)
+    return Lengths(
+        prefix=len(sample.prefix),
+        branches=tuple(len(branch.ids) for branch in sample.branches),
+        scored=sum(sum(branch.loss) for branch in sample.branches),
+        images=sample.sequences,
+        places=patches + sample.sequences * int(encoder.class_token),
+    )
+
+
+def _assumed(config: RunConfig, arch: Architecture) -> Sequence[Lengths]:
+    """One sample as hardware.yaml takes it, behind an image."""
+    pair = build_objective(config.objective).branches == 2
+    taken = assumed_lengths("pair" if pair else "caption" if config.data.template == "plain" else "conversation")
+    branches = tuple(length for part, length in taken.items() if part != "prompt")
+    prefix = arch.encoder.tokens + taken["prompt"]
+    return [Lengths(prefix, branches, sum(branches), images=1, places=arch.encoder.places)]

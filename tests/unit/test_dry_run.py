@@ -64,6 +64,13 @@ def test_every_layout_builds_what_is_planned(arch: Architecture, layout: Layout,
     assert all(stage.training > 0 for stage in stages) and stages[0].training < stages[0].parameters
 
 
+def test_no_rank_between_the_first_and_the_last_has_anything_of_its_own() -> None:
+    build = Build(TINY, Layout(tensor=4, pipeline=2), 16)
+    for stage in rehearse(build):
+        held = {rank: rehearsal._rank(build, stage.chunks, rank) for rank in stage.ranks}
+        assert all(one == held[stage.ranks[0]] and not one[1] for one in held.values())
+
+
 def test_counts_and_bytes_are_those_of_a_model_in_memory() -> None:
     (stage,) = rehearse(Build(TINY, Layout(), 1, rules=FROZEN))
     with process_groups(Layout(), seed=1):

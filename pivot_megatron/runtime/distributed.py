@@ -60,11 +60,18 @@ def initialize(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> No
             dist.init_process_group(platform.backend, timeout=timeout, **_rendezvous())
         except (dist.DistNetworkError, dist.DistStoreError) as error:  # nobody listens, or somebody never came
             raise RunError(_alone(world, timeout_seconds, error)) from None
+    make_groups(layout, seed, timeout_seconds)
+
+
+def make_groups(layout: Layout, seed: int, timeout_seconds: float = 1800.0, gloo: bool = True) -> None:
+    """megatron-core's groups of the processes that torch.distributed has started, and its random state on this one. `gloo`: it
+    makes such groups too, beside those of the backend in use."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.chunks,
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+        create_gloo_process_groups=gloo,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

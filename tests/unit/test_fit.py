@@ -15,39 +15,12 @@ from pivot_megatron.cli import main
 from pivot_megatron.config.schema import Fp8, Layout, Precision
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model import specs
-from pivot_megatron.model.composition import Architecture
 from pivot_megatron.model.fit import misfits, require_fit
+from tests.plans import HEADS, SO400M, model
 
-SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-}
 BASE = {**SO400M, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-QWEN_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-}
-
-
-def model(encoder: dict[str, Any], head: dict[str, Any]) -> Architecture:
-    return Architecture(encoder_architecture(encoder, "encoder"), head_architecture(head, "head"), -2)
+QWEN_7B = HEADS["7B"]
 
 
 @pytest.mark.parametrize(

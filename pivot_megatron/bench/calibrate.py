@@ -72,6 +72,7 @@ def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calib
         network=node,  # of one machine there is no other link to measure
         logits_tile=float(current_platform().logits_tile_bytes),
         transformer_engine=current_platform().transformer_engine,
+        reduction_copy=widest.reduction_copy,
     )
     return Calibration(machine, {c: m.samples for c, m in found.items()}, _errors(found, rates, node))
 
@@ -82,13 +83,15 @@ class _Measured:
     peak: float
     process: float
     memory: float
+    reduction_copy: float
 
 
 def _measured(count: int, precision: Precision) -> _Measured:
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (count, folder, precision), nprocs=count)
         tree = json.loads(Path(folder, "measured.json").read_text())
-    return _Measured(tuple(Sample(**one) for one in tree["samples"]), tree["peak"], tree["process"], tree["memory"])
+    samples = tuple(Sample(**one) for one in tree.pop("samples"))
+    return _Measured(samples, **tree)
 
 
 def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
@@ -97,12 +100,19 @@ def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
     dist.init_process_group(current_platform().backend, f"file://{folder}/store", rank=rank, world_size=world)
     dist.barrier()
     whole, process = device_memory()
+    copied = calibrate_rank.reduction_copy() if world > 1 else 0.0
     samples = list(calibrate_rank.measure(precision))
     dist.barrier()
     peak = gemm_rate()
     if rank == 0:
         memory = whole if current_platform().is_cuda else whole / world
-        found = {"samples": [asdict(s) for s in samples], "peak": peak, "process": process, "memory": memory}
+        found = {
+            "samples": [asdict(s) for s in samples],
+            "peak": peak,
+            "process": process,
+            "memory": memory,
+            "reduction_copy": copied,
+        }
         Path(folder, "measured.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -18,11 +18,13 @@ from pivot_megatron.plan.layer_work import NORM_PASSES, RESIDUAL_PASSES, SWIGLU_
 from pivot_megatron.plan.workload import visible
 from pivot_megatron.runtime.attention import Heads, Kernel, Spans, build_kernel
 from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.memory import peak_memory
 from pivot_megatron.runtime.norm import RmsNorm
 from pivot_megatron.runtime.stopwatch import Stopwatch
 
 _LEAST = 0.04  # seconds that a kernel is run for before its time is taken, and how often that is done
 _TIMES = 5
+_REDUCED = 100_000_000  # float32 numbers
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -241,3 +243,14 @@ def _gathering(whole: Tensor, part: Tensor) -> Callable[[], object]:
 
 def _reducing(whole: Tensor) -> Callable[[], object]:
     return lambda: dist.all_reduce(whole)
+
+
+def reduction_copy() -> float:
+    """Bytes that a reduction over all processes takes beside each of its buffer's. To be called before anything has taken, and
+    given back, more memory than that."""
+    buffer = torch.ones(_REDUCED, device=current_platform().device)
+    whole = buffer.numel() * buffer.element_size()
+    part = buffer.chunk(dist.get_world_size())[dist.get_rank()]
+    before = peak_memory()
+    dist.reduce_scatter_tensor(part, buffer)
+    return (peak_memory() - before) / whole

@@ -63,6 +63,7 @@ def gpu(name: str) -> Machine:
         network=Link(pauses["network"], sheet["network_gigabytes_a_second"] * 1e9 * assumed["link_share"]),
         logits_tile=assumed["logits_tile_mebibytes"] * 2.0**20,
         transformer_engine=True,
+        reduction_copy=0.0,
     )
 
 

@@ -66,7 +66,8 @@ class Machine(Strict):
     """`memory`: bytes of a device that a process may fill; `process`: bytes of it that a process takes before it holds a
     model. `rates`: by the number of a node's devices that compute at once, which on a CPU share its cores; the one for the
     largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it.
-    `logits_tile`: bytes of logits that stand at once; `transformer_engine`: layers are its own."""
+    `logits_tile`: bytes of logits that stand at once; `transformer_engine`: layers are its own. `reduction_copy`: bytes that a
+    reduction over replicas takes beside each of its buffer's: gloo works on a copy, NCCL in place."""
 
     name: str
     source: str
@@ -78,6 +79,7 @@ class Machine(Strict):
     network: Link
     logits_tile: float
     transformer_engine: bool
+    reduction_copy: float
 
     def rates_of(self, processes: int) -> Rates:
         """Of a device while `processes` run, at most a node's devices of them side by side."""

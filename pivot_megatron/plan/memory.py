@@ -18,8 +18,8 @@ from pivot_megatron.plan.workload import Pack
 class Memory:
     """In bytes. `activations`: of the language model's layers, those of every micro-batch in flight; `encoder`: the same of
     encoder and projector. `logits`: tiles of them and what stands beside. `working`: what a layer's backward pass makes for
-    itself, and a recomputed layer's own activations. `reference`: a frozen model's weights where it is online. `process`: what
-    is there before any model is, buffers of the collectives too."""
+    itself, and a recomputed layer's own activations. `reduction`: what is copied to reduce gradients over replicas. `reference`: a
+    frozen model's weights where it is online. `process`: what is there before any model is, buffers of the collectives too."""
 
     weights: float
     gradients: float
@@ -28,6 +28,7 @@ class Memory:
     encoder: float
     logits: float
     working: float
+    reduction: float
     reference: float
     process: float
 
@@ -77,6 +78,7 @@ def stage_memory(
         encoder=encoder,
         logits=_logits(machine.logits_tile, pack, head.hidden, numbers) if last else 0.0,
         working=working,
+        reduction=4.0 * trained * machine.reduction_copy if data_parallel > 1 else 0.0,
         reference=size * count if online_reference else 0.0,
         process=machine.process,
     )

@@ -7,9 +7,10 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.bench.flops import Flops
-from pivot_megatron.bench.peers import SIDES, Comparison, Spread
+from pivot_megatron.bench.peers import SIDES, Comparison
 from pivot_megatron.bench.report import GIB, TERA
+from pivot_megatron.bench.spread import Spread
+from pivot_megatron.model.flops import Flops
 
 _COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c")
 

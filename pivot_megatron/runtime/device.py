@@ -45,6 +45,12 @@ def device_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def wait_for(device: torch.device) -> None:
+    """Until all work that is queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def beside_training(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes contexts, in any thread, whose work on `device` waits for none that training has queued there."""
     if device.type != "cuda":

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pivot_megatron.model.composition import VisionLanguageModel
 from pivot_megatron.plan.prediction import PARTS
-from pivot_megatron.runtime.collectives import calls_within
+from pivot_megatron.runtime.collectives import calls_within, replaced
 from pivot_megatron.runtime.regions import Regions
 from pivot_megatron.train.optimizer import Optimization
 from pivot_megatron.train.session import Session
@@ -50,16 +49,14 @@ def timed_parts(session: Session, regions: Regions) -> Iterator[None]:
         )
         for name in ("forward_step", "backward_step"):
             around = _within_head(getattr(schedules, name), regions)
-            stack.enter_context(mock.patch.object(schedules, name, around))
+            stack.enter_context(replaced(schedules, name, around))
         for model in (*(chunk.module for chunk in session.wrapped), *(session.reference or ())):
             if model.pre_process:
                 for handle in _encoder_hooks(model, regions):
                     stack.callback(handle.remove)
-        session.optimization = _Timed(optimization.optimizer, optimization.scheduler, regions)
-        try:
-            yield
-        finally:
-            session.optimization = optimization
+        timed = _Timed(optimization.optimizer, optimization.scheduler, regions)
+        stack.enter_context(replaced(session, "optimization", timed))
+        yield
 
 
 def _within_head(step: Callable[..., Any], regions: Regions) -> Callable[..., Any]:

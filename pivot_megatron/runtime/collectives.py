@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 from weakref import WeakKeyDictionary
 
 from torch.distributed import ProcessGroup, Work  # type: ignore[attr-defined]  # public, but left out of torch's own list
@@ -22,6 +21,17 @@ _COLLECTIVES = (
 
 Around = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a call runs in."""
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Meanwhile `value` stands in for an attribute that is `owner`'s own, an object's, a module's or a class's."""
+    own = vars(owner)[name]  # asked for as an attribute, a method of C++ would come without what binds it
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 @contextmanager
@@ -61,7 +71,8 @@ def calls_within(collective: Around, message: Around) -> Iterator[None]:
     kinds["_end_coalescing"] = None
     with ExitStack() as stack:
         for name, around in kinds.items():
-            if (call := getattr(ProcessGroup, name, None)) is not None:
-                stack.enter_context(mock.patch.object(ProcessGroup, name, watched(call, around)))
-        stack.enter_context(mock.patch.object(Work, "wait", wait_within))
+            if name in vars(ProcessGroup):
+                call = watched(getattr(ProcessGroup, name), around)
+                stack.enter_context(replaced(ProcessGroup, name, call))
+        stack.enter_context(replaced(Work, "wait", wait_within))
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ class Regions:
     ) -> None:
         self._settle, self._clock = settle, clock
         self._open = [rest]
-        self._seconds = Counter[str]()
+        self._seconds: dict[str, float] = defaultdict(float)
         settle()
         self._since = clock()
 

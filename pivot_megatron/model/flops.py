@@ -83,15 +83,16 @@ _ALL = Trained()
 
 
 def backward(forwards: Flops, trained: Trained = _ALL) -> Flops:
-    """As much as the forward pass for gradients of inputs, and as much again for those of weights, each where something needs
-    them. The patch embedding's input needs none. Attention has no weights: both of its factors are inputs."""
+    """As much as the forward pass for gradients of inputs, where anything in the part or before it trains, and as much again for
+    those of weights, where the part itself does. The patch embedding's input needs none. Attention has no weights: both of its
+    factors are inputs."""
     before = trained.encoder or trained.projector
     reaching = float(before or trained.llm)
     head = reaching + trained.llm
     return Flops(
         patches=trained.encoder * forwards.patches,
         encoder=2 * trained.encoder * forwards.encoder,
-        projector=(trained.encoder + trained.projector) * forwards.projector,
+        projector=(before + trained.projector) * forwards.projector,
         layers=head * forwards.layers,
         attention=2 * reaching * forwards.attention,
         logits=head * forwards.logits,

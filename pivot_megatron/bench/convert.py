@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivot_megatron.bench.watched import peak_memory
 from pivot_megatron.convert.hf import HfTensors, write_folder
 from pivot_megatron.convert.plan import part_shapes
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_tokenizer
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.runtime.memory import peak_resident
 
 _COMMON = {
     "model_type": "qwen2",
@@ -155,7 +155,7 @@ def _run(arguments: list[str], out: Path) -> tuple[float, int]:
         command = [sys.executable, "-m", "pivot_megatron.cli", *arguments]
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while child.poll() is None:
-            peak = max(peak, peak_memory(child.pid))
+            peak = max(peak, peak_resident(child.pid))
             time.sleep(0.02)
     if child.returncode:
         raise RunError(f"pivot {' '.join(arguments[:2])} ended with {child.returncode}; see {log}")

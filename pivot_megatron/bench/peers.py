@@ -10,30 +10,23 @@ from functools import partial
 from pathlib import Path
 
 from pivot_megatron.bench.agreement import largest_differences
-from pivot_megatron.bench.flops import Flops, PairLengths, Work, pivot_work, step, trl_work
+from pivot_megatron.bench.flops import PairLengths, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_environment import default_cache, peer_python
 from pivot_megatron.bench.peer_job import Setting, pair_lengths
 from pivot_megatron.bench.peer_runs import PeerRun, run_pivot, run_trl
 from pivot_megatron.bench.shapes import Shape
+from pivot_megatron.bench.spread import QUIET, Spread, spread
 from pivot_megatron.bench.world import make_world
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.flops import Flops, Work
 
 SIDES = ("pivot", "trl")
 WARM_UP = 1
 """Steps at a run's beginning that are not timed: they pay for the first use of everything."""
-QUIET = 0.8
-"""Of the machine's best rate at matrix products: what was timed while it fell lower is left out."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Spread:
-    low: float
-    median: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -157,10 +150,6 @@ def _speed(run: PeerRun, lengths: Sequence[Sequence[PairLengths]], reference: fl
     pairs = [pair for _, step in quiet for pair in step]
     seconds = sum(seconds for seconds, _ in quiet) + reference * len(pairs)
     return _Speed(len(quiet), len(pairs), sum(pair.separate for pair in pairs), seconds)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(min(values), statistics.median(values), max(values))
 
 
 def flops_by_side(arch: Architecture, steps: Sequence[Sequence[PairLengths]], epochs: int) -> dict[str, Flops]:

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.bench.flops import Flops
-from pivot_megatron.bench.peers import SIDES, Comparison, Spread
+from pivot_megatron.bench.peers import SIDES, Comparison
 from pivot_megatron.bench.report import GIB, TERA
+from pivot_megatron.bench.spread import Spread
+from pivot_megatron.model.flops import Flops
 
 _COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c")
 
 
-def write_plot(found: Comparison, path: Path) -> None:
+@contextmanager
+def figure_of(charts: int, path: Path, height: float = 3.4) -> Iterator[tuple[Any, Any]]:
+    """A figure and its charts, side by side, which is then written to `path`. `height` in inches."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (speed, memory, flops) = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    _bars(speed, "pairs a second", found.summary.pairs_a_second)
-    _bars(memory, "peak memory, GiB", found.summary.peak_bytes, GIB)
-    _stacks(flops, found)
-    figure.suptitle(
-        f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
-    )
+    figure, axes = pyplot.subplots(1, charts, figsize=(11, height), layout="constrained")
+    yield figure, axes
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
+def write_plot(found: Comparison, path: Path) -> None:
+    with figure_of(3, path) as (figure, (speed, memory, flops)):
+        _bars(speed, "pairs a second", found.summary.pairs_a_second)
+        _bars(memory, "peak memory, GiB", found.summary.peak_bytes, GIB)
+        _stacks(flops, found)
+        figure.suptitle(
+            f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
+        )
+
+
 def _bars(axes: Any, title: str, spreads: Mapping[str, Spread], unit: float = 1.0) -> None:
-    """A bar at each side's median over rounds, a line from its lowest to its highest."""
     for place, side in enumerate(SIDES):
-        low, median, high = (value / unit for value in astuple(spreads[side]))
-        axes.bar(place, median, width=0.6, color=_COLOURS[place], alpha=0.5)
-        axes.plot([place, place], [low, high], color=_COLOURS[place], marker="_")
+        bar(axes, place, spreads[side], _COLOURS[place], unit)
     axes.set_xticks(range(len(SIDES)), SIDES)
-    _style(axes, title)
+    style(axes, title)
+
+
+def bar(axes: Any, place: int, found: Spread, colour: str, unit: float = 1.0) -> None:
+    """At the median over rounds, with a line from the lowest to the highest."""
+    low, median, high = (value / unit for value in astuple(found))
+    axes.bar(place, median, width=0.6, color=colour, alpha=0.5)
+    axes.plot([place, place], [low, high], color=colour, marker="_")
 
 
 def _stacks(axes: Any, found: Comparison) -> None:
@@ -50,10 +63,10 @@ def _stacks(axes: Any, found: Comparison) -> None:
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(sides)), [side.replace("_", " ") for side in sides])
     axes.legend(frameon=False, fontsize=7)
-    _style(axes, "TFLOP a step, by count")
+    style(axes, "TFLOP a step, by count")
 
 
-def _style(axes: Any, title: str) -> None:
+def style(axes: Any, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

@@ -6,13 +6,15 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.bench.flops import Flops
 from pivot_megatron.bench.peer_environment import PINS
-from pivot_megatron.bench.peers import QUIET, SIDES, WARM_UP, Comparison, Spread
+from pivot_megatron.bench.peers import SIDES, WARM_UP, Comparison
+from pivot_megatron.bench.spread import QUIET, Spread
+from pivot_megatron.bench.text_table import text_table
+from pivot_megatron.model.flops import Flops
 from pivot_megatron.runtime.device import available_cores
 from pivot_megatron.train.run_folder import installed_version
 
@@ -61,7 +63,7 @@ def as_text(found: Comparison) -> str:
             f"{found.shape.name}: {setting.pairs_a_step} pairs a step, {steps} timed steps, rounds: {len(found.rounds)}, fp32; "
             f"{facts['processor']}, cores: {facts['cores']}, {facts['date']}",
             "",
-            *_table(
+            *text_table(
                 ["median [lowest, highest]", "pivot", PINS[0], "gain"],
                 [
                     ["pairs/s", *_both(summary.pairs_a_second), _gain(summary.speed_gain)],
@@ -122,13 +124,4 @@ def _flops_table(flops: Mapping[str, Flops]) -> list[str]:
     ]
     gains = f"{theirs.total / ours.total:.2f}x, {on_gpu.total / ours.total:.2f}x on a GPU"
     totals = ["total", *(f"{side.total / TERA:.3g}" for side in (ours, theirs, on_gpu)), gains]
-    return _table(["TFLOP a step, by count", "pivot", "trl", "trl on a GPU", "gain"], [*rows, totals])
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-    return [line(heads), "  ".join("-" * width for width in widths), *(line(row) for row in rows)]
+    return text_table(["TFLOP a step, by count", "pivot", "trl", "trl on a GPU", "gain"], [*rows, totals])

@@ -17,14 +17,15 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class RunSpeed:
-    """Medians over the steps counted, of all processes together; `data_share` is the time waited for data. `steps` 0: the
-    run wrote too few for a figure."""
+    """Medians over the steps counted, of all processes together; `flops_a_second` by count, see `model/flops.py`; `data_share` is
+    the time waited for data. `steps` 0: the run wrote too few for a figure."""
 
     run: str
     steps: int
     seconds: float
     pairs_a_second: float
     tokens_a_second: float
+    flops_a_second: float
     data_share: float
 
 
@@ -35,23 +36,25 @@ def speed_of(run: Path) -> RunSpeed:
     except FileNotFoundError:
         raise UserError(f"{run}: expected a run's folder, found no metrics.jsonl; has it made a step?") from None
     if not lines:
-        return RunSpeed(str(run), 0, 0.0, 0.0, 0.0, 0.0)
+        return RunSpeed(str(run), 0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return RunSpeed(
         str(run),
         len(lines),
         median(line["step_seconds"] for line in lines),
         median(line["pairs"] / line["step_seconds"] for line in lines),
         median(line["tokens"] / line["step_seconds"] for line in lines),
+        median(line["flops"] / line["step_seconds"] for line in lines),
         median(line["data_seconds"] / line["step_seconds"] for line in lines),
     )
 
 
 def as_text(speeds: Sequence[RunSpeed]) -> str:
     width = max(len(speed.run) for speed in speeds)
-    rows = [f"{'run':<{width}}{'steps':>7}{'s/step':>9}{'pairs/s':>10}{'tokens/s':>11}{'data':>7}"]
+    rows = [f"{'run':<{width}}{'steps':>7}{'s/step':>9}{'pairs/s':>10}{'tokens/s':>11}{'TFLOP/s':>10}{'data':>7}"]
     for speed in speeds:
         figures = (
-            f"{speed.seconds:>9.3f}{speed.pairs_a_second:>10.2f}{speed.tokens_a_second:>11.0f}{speed.data_share:>7.1%}"
+            f"{speed.seconds:>9.3f}{speed.pairs_a_second:>10.2f}{speed.tokens_a_second:>11.0f}"
+            f"{speed.flops_a_second / 1e12:>10.3g}{speed.data_share:>7.1%}"
             if speed.steps
             else f"  fewer than {WARM_UP + 1} steps"
         )

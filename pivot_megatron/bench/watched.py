@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pivot_megatron.bench.gemm import gemm_rate
 from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.runtime.memory import peak_resident
 
 _SECONDS_BETWEEN = 0.01
 _SLICE = 4.0  # seconds that the child runs before the machine is looked at again
@@ -70,7 +71,7 @@ def run_watched(
                 time.sleep(_SECONDS_BETWEEN)
                 if len(slices) >= steps:
                     continue
-                peak = max(peak, peak_memory(child.pid))
+                peak = max(peak, peak_resident(child.pid))
                 ended = _lines(metrics) - len(slices)
                 if ended or (slices and time.monotonic() - since > _SLICE):
                     os.killpg(child.pid, signal.SIGSTOP)
@@ -90,19 +91,6 @@ def run_watched(
     if len(slices) < steps:
         raise RunError(f"{command[0]} made {len(slices)} of {steps} steps; see {log}")
     return Watched(slices[0], tuple(slices[1:]), peak)
-
-
-def peak_memory(process: int) -> int:
-    """Highest resident memory of a process so far, bytes; 0 where it has ended.
-
-    The kernel's own mark of the process's memory. `getrusage` would not do: there a child begins with its parent's peak.
-    """
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(found[0]) * 1024 if found else 0
 
 
 def _lines(path: Path) -> int:

@@ -18,8 +18,9 @@ from pivot_megatron.plan.workload import Pack
 class Memory:
     """In bytes. `activations`: of the language model's layers, those of every micro-batch in flight; `encoder`: the same of
     encoder and projector. `logits`: tiles of them and what stands beside. `working`: what a layer's backward pass makes for
-    itself, and a recomputed layer's own activations. `reduction`: what is copied to reduce gradients over replicas. `reference`: a
-    frozen model's weights where it is online. `process`: what is there before any model is, buffers of the collectives too."""
+    itself, and a recomputed layer's own activations. `reduction`: what is copied to reduce gradients over replicas.
+    `reference`: a frozen model's weights where it is online. `process`: what is there before any model is, buffers of the
+    collectives too."""
 
     weights: float
     gradients: float

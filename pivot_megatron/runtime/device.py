@@ -59,6 +59,12 @@ def device_memory() -> tuple[float, float]:
     return float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until all work that is queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def beside_training(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes contexts, in any thread, whose work on `device` waits for none that training has queued there."""
     if device.type != "cuda":

@@ -103,6 +103,10 @@ def is_last_stage() -> bool:
     return bool(parallel_state.is_pipeline_last_stage())
 
 
+def pipeline_stage() -> int:
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
 def data_parallel() -> tuple[int, int]:
     """(rank, size) of the data-parallel group."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

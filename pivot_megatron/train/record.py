@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pivot_megatron.data.build import require_few_bad
 from pivot_megatron.data.loader import Dropped, StepData
 from pivot_megatron.errors import RuleError
+from pivot_megatron.model.flops import TrainingFlops
 from pivot_megatron.runtime.distributed import (
     gather_objects,
     is_first_stage,
@@ -19,9 +20,10 @@ from pivot_megatron.train.session import Session
 from pivot_megatron.train.step import StepResult
 
 
-def own_share(data: StepData) -> dict[str, float]:
+def own_share(data: StepData, flops: TrainingFlops) -> dict[str, float]:
     """What this rank adds to a step's numbers: one rank of each data-parallel replica speaks for it."""
     share = {
+        "flops": flops.of(data.micro_batches),
         "samples": data.samples,
         "tokens": sum(batch.length for batch in data.micro_batches),
         "padding": sum(batch.padding for batch in data.micro_batches),
@@ -46,6 +48,7 @@ def record(session: Session, data: StepData, result: StepResult, step_seconds: f
             "learning_rate": result.learning_rate,
             "pairs": tally["samples"],
             "tokens": tally["tokens"],
+            "flops": result.tally["flops"],
             "padding_share": tally["padding"] / max(tally["tokens"] + tally["padding"], 1),
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,

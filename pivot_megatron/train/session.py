@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pivot_megatron.config.schema import Dpo, Model, RunConfig
+from pivot_megatron.convert.plan import rows_by_parameter
 from pivot_megatron.convert.start import checkpoints_of, describe_start, pinned, start_weights, with_checkpoints
 from pivot_megatron.convert.store import Description
 from pivot_megatron.data.build import build_loader
@@ -17,6 +18,7 @@ from pivot_megatron.data.loader import Loader
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture, Stage, build_model
 from pivot_megatron.model.fit import require_fit
+from pivot_megatron.model.flops import Trained, TrainingFlops
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.objective.types import Objective
 from pivot_megatron.runtime.device import current_platform
@@ -59,6 +61,7 @@ class Session:
     wrapped: list[Any]
     optimization: Optimization
     reference: Stage | None
+    flops: TrainingFlops
     checkpointer: Checkpointer
     standing: Progress
     first: int
@@ -159,6 +162,7 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
         wrapped,
         optimization,
         reference,
+        TrainingFlops(arch, Trained.by(rows_by_parameter(arch), config.parameters)),
         checkpointer,
         standing,
         done,

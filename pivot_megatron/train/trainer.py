@@ -45,18 +45,18 @@ def train(config: RunConfig, report: Report = lambda *_: None, requests: StopReq
     Where any rank's `requests` ask to stop, the run ends early: saved, and marked for being started again.
     """
     requests = requests or StopRequests()
-    with Trackers(config.name) as trackers, _watched(config) as watch:
+    with Trackers(config.name) as trackers, watched(config) as watch:
         if is_main_process():
             remove_mark(config.out)
         try:
-            session = prepare(config, watch, trackers, _before_reference_batch(watch, requests))
+            session = prepare(config, watch, trackers, before_reference_batch(watch, requests))
             if session.done < session.steps:
                 on_main_process(session.folder.unmark_finished)
             stop_if_asked(requests)
         except Stopped as stopped:
             _mark(config, stopped.signal)
             return 0
-        if (signal := _make_steps(session, report, requests)) is not None:
+        if (signal := make_steps(session, report, requests)) is not None:
             _mark(config, signal)
         elif not from_main_process(is_main_process() and finished_path(config.out).exists()):
             _require_frozen(session)  # also where an earlier call made the last step, and no more
@@ -68,15 +68,15 @@ def make_reference(config: RunConfig) -> list[Path]:
     """The reference log-probs of `config`, beside its shards: made where they are missing, checked where they are not."""
     if not isinstance(config.objective, Dpo):
         raise UserError(f"objective.kind: {config.objective.kind} compares with no reference; only dpo does")
-    with _watched(config) as watch:
+    with watched(config) as watch:
         start = pinned(config.model)
         _, arch, loader = described(config, start)
-        before_batch = _before_reference_batch(watch, StopRequests())
+        before_batch = before_reference_batch(watch, StopRequests())
         return [file.path for file in ReferencePass(config, arch, start, loader, before_batch).files(make=True)]
 
 
 @contextmanager
-def _watched(config: RunConfig) -> Iterator[Watch]:
+def watched(config: RunConfig) -> Iterator[Watch]:
     """Process groups, and the watch over all that happens in them."""
     faults = config.faults
     patience = Patience(faults.seconds_silent, faults.seconds_to_hang, faults.seconds_for_files)
@@ -84,7 +84,7 @@ def _watched(config: RunConfig) -> Iterator[Watch]:
         yield watch
 
 
-def _before_reference_batch(watch: Watch, requests: StopRequests) -> Callable[[], None]:
+def before_reference_batch(watch: Watch, requests: StopRequests) -> Callable[[], None]:
     def before_batch() -> None:
         watch.at("reference log-probs", files=True)
         stop_if_asked(requests)
@@ -92,7 +92,7 @@ def _before_reference_batch(watch: Watch, requests: StopRequests) -> Callable[[]
     return before_batch
 
 
-def _make_steps(session: Session, report: Report, requests: StopRequests) -> Signals | None:
+def make_steps(session: Session, report: Report, requests: StopRequests) -> Signals | None:
     """Those that are left. Returns the signal that a rank was asked to stop by, after saving, where that ended them early."""
     dropped = 0
     signal: Signals | None = None
@@ -134,7 +134,7 @@ def _make_step(session: Session, data: StepData, requests: StopRequests) -> Step
         data.micro_batches,
         session.reference,
         session.guard.judge,
-        lambda: {**own_share(data), **as_tally(requests)},
+        lambda: {**own_share(data, session.flops), **as_tally(requests)},
     )
     session.objective = observed(session.objective, result)
     session.guard = session.guard.after(result.loss, result.grad_norm, result.applied)

@@ -58,7 +58,7 @@ def make_beside_another(config_file: Path, batch: int) -> None:
     from pivot_megatron.train import reference, trainer
 
     config, begun = load_config(config_file), 0
-    with pytest.MonkeyPatch.context() as patch, trainer._watched(config):
+    with pytest.MonkeyPatch.context() as patch, trainer.watched(config):
         patch.setattr(reference, "SAMPLES_A_PART", 16)
         _, arch, loader = trainer.described(config, config.model)
 

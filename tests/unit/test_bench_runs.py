@@ -17,7 +17,8 @@ def write_run(folder: Path, steps: int) -> Path:
     lines = []
     for step in range(1, steps + 1):
         seconds = 100.0 if step <= WARM_UP else 1.0 + step % 3
-        lines.append({"step": step, "step_seconds": seconds, "data_seconds": seconds / 4, "pairs": 12, "tokens": 600})
+        counts = {"pairs": 12, "tokens": 600, "flops": 8e12}
+        lines.append({"step": step, "step_seconds": seconds, "data_seconds": seconds / 4, **counts})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -27,12 +28,12 @@ def test_medians_of_what_comes_after_the_warm_up(tmp_path: Path, capsys: pytest.
     assert main(["bench", "runs", str(run), str(short), "--json"]) == 0
     whole, none = json.loads(capsys.readouterr().out)
     assert (whole["steps"], whole["seconds"], whole["pairs_a_second"], whole["tokens_a_second"]) == (9, 2.0, 6.0, 300.0)
-    assert whole["data_share"] == 0.25
+    assert (whole["data_share"], whole["flops_a_second"]) == (0.25, 4e12)
     assert none["steps"] == 0
     assert main(["bench", "runs", str(run), str(short)]) == 0
     header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run", "steps", "s/step", "pairs/s", "tokens/s", "data"]
-    assert first.split() == [str(run), "9", "2.000", "6.00", "300", "25.0%"]
+    assert header.split() == ["run", "steps", "s/step", "pairs/s", "tokens/s", "TFLOP/s", "data"]
+    assert first.split() == [str(run), "9", "2.000", "6.00", "300", "4", "25.0%"]
     assert second.endswith(f"fewer than {WARM_UP + 1} steps")
 
 

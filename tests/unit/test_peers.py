@@ -16,16 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from pivot_megatron.bench.agreement import largest_differences, rounding
-from pivot_megatron.bench.flops import Flops, PairLengths, Work, backward, forward, pivot_work, step, trl_work
+from pivot_megatron.bench.flops import PairLengths, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
 from pivot_megatron.bench.peer_runs import PeerRun
-from pivot_megatron.bench.peers import Spread, compare, summarise
+from pivot_megatron.bench.peers import compare, summarise
 from pivot_megatron.bench.shapes import shape_by_name
+from pivot_megatron.bench.spread import Spread
 from pivot_megatron.bench.watched import Slice, Watched, run_watched
 from pivot_megatron.bench.world import World, make_world
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.flops import Flops, Work, backward, forward
 
 SHAPE = shape_by_name("tiny")
 PAIRS = [PairLengths(30, 5, 9, 14), PairLengths(28, 7, 4, 11)]

@@ -1,0 +1,137 @@
+"""`pivot bench layouts`: one run at every layout that fits a machine, in alternation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pivot_megatron.bench.gemm import machine_rate
+from pivot_megatron.bench.layout_cases import Case, Misfit, cases_of_files, cases_of_processes, sorted_out
+from pivot_megatron.bench.layout_runs import Amount, LayoutRun, make_reference, run_layout
+from pivot_megatron.bench.peer_job import Setting, pivot_config
+from pivot_megatron.bench.shapes import shape_by_name
+from pivot_megatron.bench.world import make_world
+from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.runtime.device import device_count
+
+WARM_UP = 2
+"""Steps at a run's beginning that are not timed: they pay for the first use of everything."""
+DIVIDED = 2
+"""Steps at its end whose time is divided, which takes time of its own."""
+_CPU_PROCESSES = 2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LayoutBench:
+    """`subject`: what was run, in words. `gemm_peak`: FLOP/s, the best of all looks at the machine. `reference_seconds`: of the
+    whole reference pass, whenever it was made. `runs`: by layout's name, in the order they were made. `failed`: why, by name."""
+
+    subject: str
+    processes: int
+    amount: Amount
+    gemm_peak: float
+    reference_seconds: float
+    cases: Sequence[Case]
+    runs: Mapping[str, Sequence[LayoutRun]]
+    failed: Mapping[str, str]
+    misfits: Sequence[Misfit]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`files`: a run's YAML, and layouts to lay over it. With `shape`, whose model and pairs are made, layouts alone. Without
+    layouts, every one of `processes`: one a GPU, or two, if left out."""
+
+    files: Sequence[Path]
+    overrides: Sequence[str]
+    shape: str | None
+    processes: int | None
+    rounds: int
+    steps: int
+    repeat: bool
+    out: Path
+
+
+def bench_layouts(wanted: Wanted, say: Say) -> LayoutBench:
+    """Raises UserError for what measures nothing, an `out` that has files in it, or layouts of which none fits; RunError where
+    every run fails."""
+    processes = _checked_processes(wanted)
+    run, subject = (
+        (wanted.files[0], str(wanted.files[0])) if wanted.shape is None else _made(wanted.shape, wanted.out, say)
+    )
+    files = wanted.files[1:] if wanted.shape is None else wanted.files
+    made = cases_of_files(run, files, wanted.overrides) if files else None
+    cases, others = sorted_out(made or cases_of_processes(run, processes, wanted.overrides), processes)
+    amount = Amount(wanted.rounds, WARM_UP, wanted.steps, DIVIDED, wanted.repeat)
+    say(f"{len(cases)} layouts fit {processes} processes, {len(others)} do not")
+    smallest = max(cases, key=lambda case: case.layout.model_parallel_size)  # of a rank's share of the model
+    reference = make_reference(smallest.config, processes, wanted.out / "reference")
+    peak, runs, failed = _runs(cases, amount, processes, wanted.out / "runs", say)
+    return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others)
+
+
+def in_turn(cases: Sequence[Case], number: int) -> Sequence[Case]:
+    """Of one round: to and fro, so that no layout always runs before another."""
+    return cases if number % 2 == 0 else cases[::-1]
+
+
+def _runs(
+    cases: Sequence[Case], amount: Amount, processes: int, out: Path, say: Say
+) -> tuple[float, dict[str, list[LayoutRun]], dict[str, str]]:
+    """The machine's best rate, what was measured, and what failed, which is not tried again."""
+    runs: dict[str, list[LayoutRun]] = {case.name: [] for case in cases}
+    failed: dict[str, str] = {}
+    rates = [machine_rate(processes)]
+    for number in range(amount.rounds):
+        for case in in_turn(cases, number):
+            if case.name in failed:
+                continue
+            told = f"round {number + 1} of {amount.rounds}: {case.name}"
+            try:
+                steps, ranks = run_layout(case, amount, processes, out / f"{number}-{case.name}")
+            except RunError as error:
+                failed[case.name] = str(error)
+                say(f"{told} failed: {error}")
+                continue
+            rates.append(machine_rate(processes))
+            runs[case.name].append(LayoutRun(min(rates[-2:]), steps, ranks))
+            say(f"{told}, steps of {', '.join(f'{step.seconds:.2f}' for step in steps)} s")
+    if not any(runs.values()):
+        raise RunError("\n".join(f"bench layouts: {name}: {why}" for name, why in failed.items()))
+    return max(rates), runs, failed
+
+
+def _checked_processes(wanted: Wanted) -> int:
+    if not wanted.files and wanted.shape is None:
+        raise UserError(
+            "bench layouts: expected a run's YAML or --shape, found neither; see `pivot bench layouts --help`"
+        )
+    if wanted.rounds < 1 or wanted.steps < 1:
+        raise UserError(
+            f"bench layouts: expected --rounds >= 1 and --steps >= 1, found {wanted.rounds} and {wanted.steps}"
+        )
+    gpus = device_count()
+    processes = (gpus or _CPU_PROCESSES) if wanted.processes is None else wanted.processes
+    if processes < 1 or (gpus and processes > gpus):
+        most = f"1 to {gpus}, this machine's GPUs" if gpus else "1 or more"
+        raise UserError(f"bench layouts: expected --processes of {most}, found {processes}")
+    if wanted.out.exists() and any(wanted.out.iterdir()):
+        raise UserError(f"{wanted.out}: already has files in it; give a new folder with --out")
+    return processes
+
+
+def _made(name: str, out: Path, say: Say) -> tuple[Path, str]:
+    """A run's YAML over a model and pairs of that shape, and what it is in words."""
+    shape = shape_by_name(name)
+    say(f"model and pairs of shape {shape.name}")
+    world = make_world(out, shape)
+    tree = pivot_config(world, Setting(steps=1, pairs_a_step=shape.pairs_a_step), out / "run")
+    tree["precision"] = {"compute": "bf16" if device_count() else "fp32"}
+    run = out / "run.yaml"
+    run.write_text(yaml.safe_dump(tree))
+    return run, f"shape {shape.name}"

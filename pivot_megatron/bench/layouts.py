@@ -15,6 +15,9 @@ from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.shapes import shape_by_name
 from pivot_megatron.bench.world import make_world
 from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.plan.machine import Machine
+from pivot_megatron.plan.prediction import Prediction
+from pivot_megatron.plan.subject import predict
 from pivot_megatron.runtime.device import device_count
 
 WARM_UP = 2
@@ -73,6 +76,13 @@ def bench_layouts(wanted: Wanted, say: Say) -> LayoutBench:
     reference = make_reference(smallest.config, processes, wanted.out / "reference")
     peak, runs, failed = _runs(cases, amount, processes, wanted.out / "runs", say)
     return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others)
+
+
+def predictions(found: LayoutBench, machine: Machine) -> dict[str, Prediction]:
+    """What a plan for `machine` says of the timed steps, by layout's name."""
+    amount = found.amount
+    steps = [0] if amount.repeat else range(amount.warm_up, amount.warm_up + amount.timed)
+    return {case.name: predict(case.config, found.processes, machine, steps) for case in found.cases}
 
 
 def in_turn(cases: Sequence[Case], number: int) -> Sequence[Case]:

@@ -28,6 +28,9 @@ def add(verb: Verb, group: Groups) -> None:
     p.add_argument(
         "--no-data", action="store_true", help="the same batch in every step, so that no step waits for data"
     )
+    p.add_argument(
+        "--machine", type=Path, help="what `pivot bench calibrate` wrote: its plan stands beside each layout"
+    )
     p.add_argument("--out", type=Path, default=_OUT, help=f"a new folder (default: {_OUT})")
     p.add_argument("--json", action="store_true")
     p.set_defaults(overrides=[])
@@ -42,7 +45,8 @@ def _layouts(args: argparse.Namespace) -> int:
     from pivot_megatron.bench.layout_page import layouts_page, write_plot
     from pivot_megatron.bench.layout_report import as_json, as_text
     from pivot_megatron.bench.layout_summary import summaries
-    from pivot_megatron.bench.layouts import Wanted, bench_layouts
+    from pivot_megatron.bench.layouts import Wanted, bench_layouts, predictions
+    from pivot_megatron.plan.machine import read_machine
     from pivot_megatron.report.facts import told, versions
     from pivot_megatron.report.page import write_page
 
@@ -57,8 +61,9 @@ def _layouts(args: argparse.Namespace) -> int:
         repeat=args.no_data,
         out=args.out,
     )
+    machine = read_machine(args.machine) if args.machine else None
     found = bench_layouts(wanted, _say)
-    layouts = summaries(found)
+    layouts = summaries(found, predictions(found, machine) if machine else None)
     (args.out / "layouts.json").write_text(as_json(found, layouts) + "\n")
     plot = args.out / "layouts.png"
     write_plot(layouts, plot)

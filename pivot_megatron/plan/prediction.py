@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pivot_megatron.config.schema import Layout
 
@@ -22,3 +22,15 @@ class Prediction:
     parts: Mapping[str, float]
     idle_seconds: float
     peak_bytes: Sequence[int]
+
+
+def mean_of(predictions: Sequence[Prediction]) -> Prediction:
+    """Of several steps at one layout: mean seconds, and the most memory."""
+    count, first = len(predictions), predictions[0]
+    return replace(
+        first,
+        step_seconds=sum(one.step_seconds for one in predictions) / count,
+        parts={part: sum(one.parts[part] for one in predictions) / count for part in first.parts},
+        idle_seconds=sum(one.idle_seconds for one in predictions) / count,
+        peak_bytes=[max(peaks) for peaks in zip(*(one.peak_bytes for one in predictions), strict=True)],
+    )

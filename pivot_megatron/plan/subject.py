@@ -9,14 +9,17 @@ from itertools import cycle, islice
 from pivot_megatron.config.schema import Dpo, RunConfig
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.data.build import PACK_MULTIPLE, build_loader
+from pivot_megatron.data.loader import Loader
 from pivot_megatron.data.sample import BadSample
 from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.objective.build import build_objective
-from pivot_megatron.plan.estimate import Subject
+from pivot_megatron.plan.estimate import Subject, estimate
 from pivot_megatron.plan.hardware import assumed_lengths, known_architecture
+from pivot_megatron.plan.machine import Machine
+from pivot_megatron.plan.prediction import Prediction, mean_of
 from pivot_megatron.plan.workload import Lengths
 from pivot_megatron.runtime.fp8 import token_multiple
 
@@ -34,15 +37,35 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
     """`encoder`, `head`: names of models.yaml that stand in for the run's own, both or none. `samples`: of an epoch, where the
     run's data are not here. Raises UserError where the model is neither named nor here."""
     arch = _architecture(config, encoder, head)
-    found, count = _measured(config) or (None, None)
+    data = _data(config)
+    found = lengths_of_step(data, arch, 0) if data else []
     lengths = found or _assumed(config, arch)
-    count = count if samples is None else samples
+    count = len(data.order) if data and samples is None else samples
+    return Planned(
+        _subject(config, arch, lengths, count),
+        "measured on the run's own data" if found else "assumed, see hardware.yaml",
+        count,
+    )
+
+
+def predict(config: RunConfig, processes: int, machine: Machine, steps: Sequence[int]) -> Prediction:
+    """Of the mean of `steps`, by the lengths of their own samples. Raises UserError where the run's data are not here."""
+    arch = _architecture(config, None, None)
+    loader = _loader(config)
+    found = [
+        estimate(_subject(config, arch, lengths_of_step(loader, arch, step), None), config.layout, processes, machine)
+        for step in steps
+    ]
+    return mean_of([one.prediction for one in found])
+
+
+def _subject(config: RunConfig, arch: Architecture, lengths: Sequence[Lengths], count: int | None) -> Subject:
     batch = config.batch
     online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
     cached = isinstance(config.objective, Dpo) and not online
     steps = batch.steps or (int(count * (batch.epochs or 0) // batch.global_size) if count else 0)
     fp8 = config.precision.fp8_of("llm")
-    subject = Subject(
+    return Subject(
         arch=arch,
         precision=config.precision,
         recompute=config.recompute,
@@ -54,7 +77,6 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
         online=online,
         token_multiple=max(PACK_MULTIPLE, token_multiple(fp8.recipe if fp8 else None)),
     )
-    return Planned(subject, "measured on the run's own data" if found else "assumed, see hardware.yaml", count)
 
 
 def _architecture(config: RunConfig, encoder: str | None, head: str | None) -> Architecture:
@@ -71,23 +93,30 @@ def _architecture(config: RunConfig, encoder: str | None, head: str | None) -> A
         ) from None
 
 
-def _measured(config: RunConfig) -> tuple[list[Lengths], int] | None:
-    """Lengths of the run's first global batch, and how many samples it has; None where its data or its tokenizer are not here."""
-    branches = build_objective(config.objective).branches
+def _data(config: RunConfig) -> Loader | None:
+    """None where the run's data or its tokenizer are not here."""
     try:
-        start = describe_start(config.model)
-        arch = start.architecture()
-        views = start.image_views()
-        loader = build_loader(config, start.llm, views, arch.encoder, arch.head, branches, 0, 1, with_images=False)
+        return _loader(config)
     except UserError:
         return None
+
+
+def _loader(config: RunConfig) -> Loader:
+    branches = build_objective(config.objective).branches
+    start = describe_start(config.model)
+    arch, views = start.architecture(), start.image_views()
+    return build_loader(config, start.llm, views, arch.encoder, arch.head, branches, 0, 1, with_images=False)
+
+
+def lengths_of_step(loader: Loader, arch: Architecture, step: int) -> list[Lengths]:
+    """Of the samples of a step's global batch."""
     found = []
-    for index in loader.order.batch(0, config.batch.global_size):
+    for index in loader.order.batch(step, loader.global_size):
         try:
             found.append(lengths_of(loader.tokenized(index), arch.encoder))
         except BadSample:  # left out, as a run does or says
             continue
-    return (found, len(loader.order)) if found else None
+    return found
 
 
 def lengths_of(sample: Tokenized, encoder: EncoderArchitecture) -> Lengths:

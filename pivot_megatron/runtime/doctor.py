@@ -183,17 +183,19 @@ def _apex(engine: bool) -> Finding:
         cost = "PyPI's `apex` is another project, of no use here; uninstall it: pip uninstall apex"
         return Finding("apex", f"{found}, not NVIDIA's", engine, cost)
     if engine:
-        cost = "" if found else "not needed: transformer-engine brings a fused Adam and its own weight-gradient products"
+        cost = (
+            "" if found else "not needed: transformer-engine brings a fused Adam and its own weight-gradient products"
+        )
         return Finding("apex", found or "none", True, cost)
     if found is None:
         cost = (
-            "no fused Adam, and weight gradients added up apart from their products: slower steps; pip install -e '.[te]', which "
-            "brings both"
+            "no fused Adam, and weight gradients added up apart from their products: slower steps; pip install -e '.[te]', "
+            "which brings both"
         )
         return Finding("apex", "none", False, cost)
     cost = (
-        "built without fused_weight_gradient_mlp_cuda: weight gradients are added up apart from their products; build it with its "
-        "C++ and CUDA extensions, or pip install -e '.[te]'"
+        "built without fused_weight_gradient_mlp_cuda: weight gradients are added up apart from their products; build it with "
+        "its C++ and CUDA extensions, or pip install -e '.[te]'"
     )
     return _finding("apex", found, _importable("fused_weight_gradient_mlp_cuda"), cost)
 
@@ -221,7 +223,7 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("attention", found.attention, True, "")
         yield Finding("adam", found.optimizer, True, "")
         yield Finding("weight gradients", f"added up {found.gradient_accumulation}", True, "")
-        cost = "no fused cross entropy is used: the backward pass of megatron-core's rounds to bf16, and whole logits never exist here"
+        cost = "no fused cross entropy is used: megatron-core's rounds its gradient to bf16, and logits are never whole here"
         yield Finding("log-probs", "this project's own, in tiles of tokens by vocabulary", True, cost)
 
 

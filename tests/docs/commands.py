@@ -75,7 +75,10 @@ def inline_commands() -> Iterator[tuple[str, list[str]]]:
 
 def _spelled_out(line: str) -> str:
     """A line of usage with every option given: `[--count 300]` without its brackets, of `a | b` the first."""
-    return _OPTIONAL.sub(lambda match: "" if "..." in match.group(1) and "--" not in match.group(1) else match.group(1).split("|")[0], line)
+    return _OPTIONAL.sub(
+        lambda match: "" if "..." in match.group(1) and "--" not in match.group(1) else match.group(1).split("|")[0],
+        line,
+    )
 
 
 def _commands(line: str) -> Iterator[list[str]]:

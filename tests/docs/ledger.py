@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # What makes a run of the shipped configs small. It changes no path and no part of the recipe.
 SMALL = "batch.global_size=4 batch.micro_tokens=512 batch.epochs=null batch.steps=2 data.sequence_length=256 precision.compute=fp32"
-FEW = "--per-class 4 --draws 2"
+FEW = "--per-class 5 --draws 2"
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ RUNS = (
     Run("pivot train configs/run/1a_align.yaml", SMALL),
     Run("pivot train configs/run/1b_pretrain.yaml", SMALL),
     Run("pivot train configs/run/2_dpo.yaml layout.tensor=2", SMALL),
-    Run("pivot convert export runs/2_dpo --part encoder --out evolved --last-layer original --original checkpoints/siglip2-so400m-patch16-384"),
+    Run(
+        "pivot convert export runs/2_dpo --part encoder --out evolved --last-layer original --original checkpoints/siglip2-so400m-patch16-384"
+    ),
     Run("pivot convert export runs/2_dpo --part mllm --out evolved-llava"),
-    Run("pivot probe linear checkpoints/siglip2-so400m-patch16-384 runs/2_sft runs/2_dpo --train imagenet/train --test imagenet/val", FEW),
+    Run(
+        "pivot probe linear checkpoints/siglip2-so400m-patch16-384 runs/2_sft runs/2_dpo --train imagenet/train --test imagenet/val",
+        FEW,
+    ),
     Run("pivot data synthetic --count 2000 --seed 5 --out runs/mine/pairs", "--count 12 --image-size 48"),
     Run("pivot data inspect runs/mine/pairs --sheet runs/mine/pairs.html"),
     Run("pivot check configs/demo/2_dpo.yaml"),
@@ -41,7 +46,10 @@ RUNS = (
     ),
     Run("pivot checkpoint list runs/mine/dpo"),
     Run("pivot convert export runs/mine/dpo --part encoder --out runs/mine/encoder"),
-    Run("pivot probe answers runs/demo/runs/pretrain runs/mine/dpo --pairs runs/demo/data/held_out --count 100", "--count 3"),
+    Run(
+        "pivot probe answers runs/demo/runs/pretrain runs/mine/dpo --pairs runs/demo/data/held_out --count 100",
+        "--count 3",
+    ),
     Run("pivot check configs/run/1a_align.yaml configs/run/1b_pretrain.yaml configs/run/2_dpo.yaml"),
     Run("pivot data index FOLDER", "--workers 0", {"FOLDER": "shards/pairs"}),
     Run("pivot data index FOLDER --check", "--workers 0", {"FOLDER": "shards/pairs"}),
@@ -55,7 +63,10 @@ RUNS = (
     Run("pivot data onevision LLaVA-OneVision-Data --out shards/onevision", "--workers 0"),
     Run("pivot data cambrian Cambrian737k.jsonl --images images --out shards/cambrian", "--workers 0"),
     Run("pivot show configs/run/2_dpo.yaml layout.tensor=2"),
-    Run("pivot train configs/run/1a_align.yaml layout.tensor=2 model.llm.hf=checkpoints/Qwen2.5-7B-Instruct out=runs/1a_7b", SMALL),
+    Run(
+        "pivot train configs/run/1a_align.yaml layout.tensor=2 model.llm.hf=checkpoints/Qwen2.5-7B-Instruct out=runs/1a_7b",
+        SMALL,
+    ),
     Run("pivot checkpoint list runs/2_dpo"),
     Run("pivot checkpoint inspect runs/2_dpo"),
     Run("pivot checkpoint prune runs/2_dpo --keep 1 --dry-run"),
@@ -64,7 +75,10 @@ RUNS = (
         "pivot convert export runs/2_dpo --part encoder --out evolved-full --last-layer original "
         "--original checkpoints/siglip2-so400m-patch16-384"
     ),
-    Run("pivot convert import --encoder E --llm L --out CKPT", put={"E ": "evolved-full ", "L ": "checkpoints/Qwen2.5-1.5B-Instruct "}),
+    Run(
+        "pivot convert import --encoder E --llm L --out CKPT",
+        put={"E ": "evolved-full ", "L ": "checkpoints/Qwen2.5-1.5B-Instruct "},
+    ),
     Run(
         "pivot convert verify CKPT --encoder E --llm L",
         put={"--encoder E": "--encoder evolved-full", "--llm L": "--llm checkpoints/Qwen2.5-1.5B-Instruct"},
@@ -74,8 +88,7 @@ RUNS = (
     Run("pivot convert import --encoder clip-vit-large-patch14-336 --llm Qwen2.5-0.5B-Instruct --out checkpoint"),
     Run("pivot convert verify checkpoint --encoder clip-vit-large-patch14-336"),
     Run("pivot convert export checkpoint --part encoder --out export"),
-    Run("pivot evolve configs/evolve/grow_7b.yaml --runs", "probe=null"),
-    Run("python -m pivot_megatron.recipe.tiny_world runs/tiny"),
+    Run("pivot evolve configs/evolve/grow_7b.yaml --runs"),
     Run("pivot convert export runs/2_dpo --part mllm --out exports/mllm"),
     Run("pivot convert export runs/2_dpo --part encoder --out exports/encoder"),
     Run("pivot convert export runs/3b_reassemble_tune --part mllm --out exports/pivot"),
@@ -88,7 +101,11 @@ RUNS = (
     Run(
         "pivot probe alignment ENCODER --llm DIR --captions DIR --count 1024 --neighbours 10",
         "--count 12 --neighbours 3",
-        {"ENCODER": "evolved", "DIR": "checkpoints/Qwen2.5-1.5B-Instruct", "--captions DIR": "--captions shards/captions"},
+        {
+            "ENCODER": "evolved",
+            "DIR": "checkpoints/Qwen2.5-1.5B-Instruct",
+            "--captions DIR": "--captions shards/captions",
+        },
     ),
     Run(
         "pivot probe segmentation ENCODER --train DIR --test DIR --classes 151 --epochs 5 --seeds 6",
@@ -104,7 +121,11 @@ RUNS = (
         "--steps 1",
         {"MODEL": "runs/2_dpo", "FILE": "samples.jsonl"},
     ),
-    Run("pivot probe answers MODEL --pairs SHARDS --count 300", "--count 3", {"MODEL": "runs/2_dpo", "SHARDS": "runs/demo/data/held_out"}),
+    Run(
+        "pivot probe answers MODEL --pairs SHARDS --count 300",
+        "--count 3",
+        {"MODEL": "runs/2_dpo", "SHARDS": "runs/demo/data/held_out"},
+    ),
 )
 
 ELSEWHERE = {
@@ -135,6 +156,7 @@ ELSEWHERE = {
     "pivot data inspect shards/mine --sheet page.html --tokenizer checkpoints/Qwen2.5-1.5B-Instruct": (
         "tests/docs/test_examples.py::test_a_data_set_is_added"
     ),
+    "python -m pivot_megatron.recipe.tiny_world runs/tiny": "tests/docs/test_examples.py::test_the_tiny_world_has_what_its_schedule_names",
     "python tools/gpu_check.py --out runs/gpu-check": "tests/unit/test_gpu_check.py::test_without_a_gpu_what_needs_none_runs_small",
     "python launch/nemo_run.py configs/run/2_dpo.yaml --processes 8": "tests/dist/test_nemo_run.py::test_a_run_of_two_processes",
     "python launch/nemo_run.py configs/run/2_dpo.yaml layout.tensor=2 --slurm --account A --partition gpu --nodes 4 --processes 8 "

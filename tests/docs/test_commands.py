@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ is one that can be given, and is run: in a tiny world, by another test, or not for a reason."""
+"""Every command of README.md and docs/ can be given, and is run: in a tiny world, by another test, or for a reason not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
-from glob import glob
 from pathlib import Path
 
 import pytest
-import tomllib
 from torch.distributed.run import get_args_parser
 
 from pivot_megatron.cli import _parse, _parser, main
@@ -49,10 +48,15 @@ def require_sound(words: list[str]) -> None:
     elif hasattr(args, "changes"):
         variants([existing(file) for file in args.configs], args.changes)
     elif hasattr(args, "configs"):
-        for file in (found for pattern in args.configs for found in glob(str(pattern)) or [str(pattern)]):
+        for file in (found for pattern in args.configs for found in expanded(str(pattern))):
             load_config(Path(file))
     elif hasattr(args, "config"):
         load_config(existing(args.config), args.overrides)
+
+
+def expanded(word: str) -> list[str]:
+    """As a shell does: the files that a pattern fits, or the word."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
 def existing(file: Path) -> Path:
@@ -60,7 +64,8 @@ def existing(file: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", ["train configs/run/2_dpo.yaml --proceses 2", "train configs/run/2_dpo.yaml layout.tenser=2", "prob linear A"]
+    "words",
+    ["train configs/run/2_dpo.yaml --proceses 2", "train configs/run/2_dpo.yaml layout.tenser=2", "prob linear A"],
 )
 def test_a_command_that_is_none_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -102,7 +107,9 @@ def test_make_has_the_targets_that_it_lists_and_the_pages_name() -> None:
 
 def test_scripts_are_sound_and_what_they_hand_on_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    scripts = [word for command in COMMANDS for word in command.words if word.startswith("launch/") and word.endswith(".sh")]
+    scripts = [
+        word for command in COMMANDS for word in command.words if word.startswith("launch/") and word.endswith(".sh")
+    ]
     for script in {*scripts, *(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))}:
         subprocess.run(["bash", "-n", script], check=True)
     for command in of("sbatch"):
@@ -130,7 +137,9 @@ def test_what_pip_is_asked_for_is_ours_or_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     text = "".join(page.read_text() for page in PAGES)
-    assert {extra for found in re.findall(r"'(?:pivot-megatron|\.)\[([\w,]+)\]'", text) for extra in found.split(",")} <= set(extras)
+    assert {
+        extra for found in re.findall(r"'(?:pivot-megatron|\.)\[([\w,]+)\]'", text) for extra in found.split(",")
+    } <= set(extras)
     for command in of("pip"):
         if "-c" in command.words:
             assert set(command.words[4:]) <= pinned
@@ -152,7 +161,7 @@ def test_what_is_run_elsewhere_is_there(place: str) -> None:
 
 
 def test_a_new_command_is_noticed() -> None:
-    page, content = next(iter(shell_blocks()))
+    page, _ = next(iter(shell_blocks()))
     (one,) = commands_of(page, "A=x\npivot train $A \\\n    --processes 2   # not this\n")
     assert one.words == ("pivot", "train", "x", "--processes", "2")
     two = list(commands_of(page, "pivot a B [B ...] [--c 3] [--d | --e] && pivot f 'g=[1, 2]'\n"))
@@ -170,9 +179,9 @@ def test_it_runs(run: Run, world: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     """In the order of the ledger, each from what those before it have left."""
     monkeypatch.chdir(world)
     program, *words = [
-        found for word in shlex.split(f"{put(run.text, run.put)} {run.more}") for found in sorted(glob(word)) or [word]
+        found for word in shlex.split(f"{put(run.text, run.put)} {run.more}") for found in expanded(word)
     ]
-    if program == "pivot" and words[0] not in ("train", "evolve"):
+    if program == "pivot" and words[0] != "train":
         code, said = main(words), capsys.readouterr()
         assert code == 0, said.out + said.err
         return

@@ -17,6 +17,10 @@ from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from pivot_megatron.cli import main
 from pivot_megatron.data_prep.synthetic import make_question
+from pivot_megatron.recipe import tiny_world
+from pivot_megatron.recipe.demo_scale import DemoScale
+from pivot_megatron.recipe.phase_runs import phases_of
+from pivot_megatron.recipe.schedule import load_schedule
 from tests.dist.runs import config_tree, make_world, write_config
 from tests.docs.commands import ROOT, blocks
 from tests.prep import encoded, report, samples, write_images
@@ -25,7 +29,9 @@ OBJECTIVE = ROOT / "docs" / "adding-an-objective.md"
 
 
 def python_block(page: str, holding: str) -> str:
-    (found,) = [content for language, content in blocks(ROOT / "docs" / page) if language == "python" and holding in content]
+    (found,) = [
+        content for language, content in blocks(ROOT / "docs" / page) if language == "python" and holding in content
+    ]
     return found
 
 
@@ -54,11 +60,14 @@ def test_objectives_are_added(tmp_path: Path) -> None:
     for file, before, after in edits():
         path = tmp_path / file
         path.write_text(path.read_text().replace("\n".join(before) + "\n", "\n".join(after) + "\n"))
-    (tmp_path / "pivot_megatron" / "objective" / "simpo.py").write_text(python_block(OBJECTIVE.name, "class SimpoObjective"))
+    (tmp_path / "pivot_megatron" / "objective" / "simpo.py").write_text(
+        python_block(OBJECTIVE.name, "class SimpoObjective")
+    )
     build = tmp_path / "pivot_megatron" / "objective" / "build.py"
     build.write_text(
         build.read_text().replace(
-            "from pivot_megatron.objective.types", "from pivot_megatron.objective.simpo import SimpoObjective\nfrom pivot_megatron.objective.types"
+            "from pivot_megatron.objective.types",
+            "from pivot_megatron.objective.simpo import SimpoObjective\nfrom pivot_megatron.objective.types",
         )
     )
     run_copy(tmp_path, "-c", CLOSED_FORM)
@@ -98,18 +107,27 @@ assert abs(policy.grad[0].item() + slope * 2 / 2) < 1e-12 and abs(policy.grad[2]
 
 def run_copy(project: Path, *words: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(project)}
-    done = subprocess.run([sys.executable, *words], cwd=project, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_data_set_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_data_set_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = [make_question(1, index, 48) for index in range(6)]
     photos = [encoded(q.image, "JPEG") for q in questions[:5]]
     write_images(tmp_path / "photos", {f"{n}.jpg": photo for n, photo in enumerate(photos)})
     lines = [f"{n}.jpg,Which?,{q.chosen},{q.chosen if n == 1 else q.rejected}" for n, q in enumerate(questions)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,question,better,worse", *lines]) + "\n")
     monkeypatch.chdir(tmp_path)
-    exec(compile(python_block("adding-a-data-set.md", "class CsvPairs").replace("workers=2", "workers=0"), "page", "exec"), {})
+    exec(
+        compile(
+            python_block("adding-a-data-set.md", "class CsvPairs").replace("workers=2", "workers=0"), "page", "exec"
+        ),
+        {},
+    )
     made = samples(tmp_path / "shards" / "mine")
     assert [pair.key for pair in made] == [f"pairs-{n:08d}" for n in (0, 2, 3, 4)]
     assert [(pair.chosen, pair.rejected, pair.image) for pair in made] == [
@@ -127,13 +145,22 @@ def test_shards_are_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     photos = [encoded(q.image, "JPEG") for q in questions]
     write_images(tmp_path, {f"{n}.jpg": photo for n, photo in enumerate(photos)})
     rows = [
-        {"id": f"k{n}", "image": f"{n}.jpg", "question": q.question, "chosen": q.chosen, "rejected": q.rejected, "more": 1}
+        {
+            "id": f"k{n}",
+            "image": f"{n}.jpg",
+            "question": q.question,
+            "chosen": q.chosen,
+            "rejected": q.rejected,
+            "more": 1,
+        }
         for n, q in enumerate(questions)
     ]
     monkeypatch.chdir(tmp_path)
     exec(compile(python_block("shards.md", "ShardWriter("), "page", "exec"), {"rows": rows})
     made = samples(tmp_path / "shards" / "mmpr-20k")
-    assert [(pair.question, pair.image) for pair in made] == [(q.question, photo) for q, photo in zip(questions, photos)]
+    assert [(pair.question, pair.image) for pair in made] == [
+        (q.question, photo) for q, photo in zip(questions, photos)
+    ]
 
 
 @pytest.mark.slow
@@ -146,17 +173,39 @@ def test_a_head_is_taken_out_of_an_export(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["convert", "export", "checkpoint", "--part", "mllm", "--out", "exports/mllm"]) == 0
     exec(compile(python_block("nemo.md", "Qwen2ForCausalLM("), "page", "exec"), {})
     config = json.loads((tmp_path / "exports" / "head" / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2ForCausalLM"] and (tmp_path / "exports" / "head" / "tokenizer.json").exists()
+    assert (
+        config["architectures"] == ["Qwen2ForCausalLM"] and (tmp_path / "exports" / "head" / "tokenizer.json").exists()
+    )
     tokens = torch.tensor([[5, 9, 2, 7]])
     with torch.no_grad():
-        whole = LlavaForConditionalGeneration.from_pretrained("exports/mllm", dtype=torch.bfloat16)(input_ids=tokens).logits
+        whole = LlavaForConditionalGeneration.from_pretrained("exports/mllm", dtype=torch.bfloat16)(
+            input_ids=tokens
+        ).logits
         alone = Qwen2ForCausalLM.from_pretrained("exports/head", dtype=torch.bfloat16)(input_ids=tokens).logits
     assert torch.equal(whole, alone)
 
 
+def test_the_tiny_world_has_what_its_schedule_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the smallest size: every phase of configs/evolve/tiny.yaml finds its models, and its shards are there."""
+    tiny_world.make_world(tmp_path / "runs" / "tiny", DemoScale.smallest())
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "configs" / "evolve" / "tiny.yaml"
+    schedule = load_schedule(file)
+    phases = phases_of(schedule, file)
+    assert len(phases) == 6 and schedule.probe is not None
+    wanted = {source.folder for phase in phases for source in phase.config.data.shards}
+    assert all(Path(folder).is_dir() for folder in (*wanted, schedule.probe.train, schedule.probe.test))
+
+
 def test_pages_name_what_exists() -> None:
     """Files of the project and names of tests that the pages on extending send a reader to."""
-    for page in ("adding-an-encoder.md", "adding-an-objective.md", "adding-a-data-set.md", "nemo.md", "troubleshooting.md"):
+    for page in (
+        "adding-an-encoder.md",
+        "adding-an-objective.md",
+        "adding-a-data-set.md",
+        "nemo.md",
+        "troubleshooting.md",
+    ):
         text = (ROOT / "docs" / page).read_text()
         for name in re.findall(r"`((?:tests|tools|launch|configs|pivot_megatron)/[\w/.-]+\.\w+)`", text):
             assert (ROOT / name).exists() or name == "pivot_megatron/objective/simpo.py", f"{page}: {name}"

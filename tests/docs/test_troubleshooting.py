@@ -21,7 +21,10 @@ MESSAGES = [line for language, content in blocks(PAGE) if language == "text" for
 def texts() -> tuple[str, ...]:
     """Every string of the package, with ANYTHING where an f-string puts a value in; and the Makefile's."""
     trees = (ast.parse(path.read_text()) for path in (ROOT / "pivot_megatron").rglob("*.py"))
-    return (*(text for tree in trees for text in strings(tree)), (ROOT / "Makefile").read_text().replace("$(FOUND)", ANYTHING))
+    return (
+        *(text for tree in trees for text in strings(tree)),
+        (ROOT / "Makefile").read_text().replace("$(FOUND)", ANYTHING),
+    )
 
 
 def strings(tree: ast.AST) -> Iterator[str]:

@@ -48,7 +48,7 @@ def make_world(folder: Path) -> Path:
 
 def _models(folder: Path) -> None:
     encoder = folder / "siglip2-so400m-patch16-384"
-    make_encoder(encoder, image_size=SIZE, patch_size=16, hidden_size=32, layers=3, heads=4, ffn=48, seed=1)
+    make_encoder(encoder, image_size=SIZE, patch_size=12, hidden_size=32, layers=3, heads=4, ffn=48, seed=1)
     MAKERS["clip"](folder.parent / "clip-vit-large-patch14-336")
     tokenizer = make_tokenizer((f"{q.question} {q.chosen} system user assistant" for q in QUESTIONS), 400)
     for name, hidden in HEADS.items():
@@ -76,7 +76,13 @@ def _published(folder: Path) -> None:
         for name, q in zip(names, QUESTIONS)
     ]
     write_lines(folder / "MMPR-v1.2" / "annotations" / "some.jsonl", pairs)
-    subset = {"root": "images", "annotation": "annotations/some.jsonl", "data_augment": False, "repeat_time": 1, "length": len(pairs)}
+    subset = {
+        "root": "images",
+        "annotation": "annotations/some.jsonl",
+        "data_augment": False,
+        "repeat_time": 1,
+        "length": len(pairs),
+    }
     (folder / "MMPR-v1.2" / "meta.json").write_text(json.dumps({"some": subset}))
 
 
@@ -92,9 +98,16 @@ def _images(folder: Path) -> None:
         images, labels = scene_classes(seed, count * len(SCENE_CLASSES), SIZE)
         for number, (image, label) in enumerate(zip(images, labels)):
             write_images(folder / "imagenet" / split / SCENE_CLASSES[label], {f"{number}.jpg": image})
-        masked.write_folder(folder / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split], masked.pairs(8, seed))
+        masked.write_folder(
+            folder / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split], masked.pairs(8, seed)
+        )
     question = QUESTIONS[0]
-    row = {"image": "images/000.jpg", "question": question.question, "chosen": question.chosen, "rejected": question.rejected}
+    row = {
+        "image": "images/000.jpg",
+        "question": question.question,
+        "chosen": question.chosen,
+        "rejected": question.rejected,
+    }
     write_lines(folder / "samples.jsonl", [row])
     for name in ("base", "sft", "pivot"):
         written(folder / "results" / f"exports__{name}" / "0_results.json", tree_of(f"exports/{name}"))

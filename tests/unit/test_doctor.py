@@ -80,7 +80,13 @@ def test_packages_that_are_missing_say_what_they_cost(monkeypatch: pytest.Monkey
     ],
 )
 def test_apex_is_judged_by_the_parts_a_run_would_use(
-    installed: str | None, parts: tuple[str, ...], engine: bool, found: str, ok: bool, cost: str, monkeypatch: pytest.MonkeyPatch
+    installed: str | None,
+    parts: tuple[str, ...],
+    engine: bool,
+    found: str,
+    ok: bool,
+    cost: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor, "_package", lambda names, module: installed)
     monkeypatch.setattr(doctor, "_holds", lambda package, part: part in parts)
@@ -93,7 +99,9 @@ def test_a_part_of_a_package_is_found_without_running_it(tmp_path: Path, monkeyp
     (tmp_path / "loud" / "optimizers").mkdir(parents=True)
     (tmp_path / "loud" / "__init__.py").write_text("raise RuntimeError('run')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor._holds("loud", "optimizers") and not doctor._holds("loud", "other") and not doctor._holds("nothing", "x")
+    assert (
+        doctor._holds("loud", "optimizers") and not doctor._holds("loud", "other") and not doctor._holds("nothing", "x")
+    )
 
 
 def test_an_engine_that_does_not_load_is_told_where_it_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from pivot_megatron.cli import _parse, _parser, main
 from pivot_megatron.config.load import load_config
+from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.comparison import variants
 from pivot_megatron.recipe.schedule import load_schedule
 from tests.docs.commands import PAGES, ROOT, Command, commands_of, documented, inline_commands, shell_blocks
@@ -69,7 +70,7 @@ def existing(file: Path) -> Path:
 )
 def test_a_command_that_is_none_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises((SystemExit, Exception)):
+    with pytest.raises((SystemExit, UserError)):
         require_sound(words.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def _images(folder: Path) -> None:
         masked.write_folder(
             folder / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split], masked.pairs(8, seed)
         )
+    for split in ("train", "validation"):  # of which `--runs` asks no more than that they are there
+        (folder / "imagenet-1k-wds").mkdir(exist_ok=True)
+        tarfile.open(folder / "imagenet-1k-wds" / f"imagenet1k-{split}-0.tar", "w").close()
     question = QUESTIONS[0]
     row = {
         "image": "images/000.jpg",

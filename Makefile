@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DALI := $(VENV)/.installed-dali
+SITE := $(VENV)/.installed-site
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 FOUND = $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null || echo none)
 
-.PHONY: help environment demo test test-slow test-long check docs constraints clean
+.PHONY: help environment demo test test-slow test-long check docs site constraints clean
 
 help:
 	@echo 'make demo         the whole recipe, small, on this machine'
@@ -18,6 +19,7 @@ help:
 	@echo 'make test-long    fifty kills, two thousand steps, jobs that SLURM queues again'
 	@echo 'make check        lint, format, types, import rules'
 	@echo 'make docs         write docs/configuration.md from the schema'
+	@echo 'make site         build the documentation into site/, to be read without a network'
 	@echo 'make constraints  write the versions of this environment into constraints.txt'
 	@echo 'make clean        remove the environment and what tools left behind'
 	@echo 'PYTHON=python3.12 before or after any of these picks the Python (3.11 or 3.12)'
@@ -47,10 +49,16 @@ docs: $(STAMP)
 	$(BIN)/python -m pivot_megatron.config.document > docs/configuration.md.part
 	mv docs/configuration.md.part docs/configuration.md
 
-constraints: $(DALI)
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dali,tracking]'
+# What material says of a later mkdocs is no matter of ours: the version is pinned.
+site: export NO_MKDOCS_2_WARNING := 1
+site: $(SITE)
+	$(BIN)/mkdocs build --quiet --strict
+	@echo site/index.html
+
+constraints: $(DALI) $(SITE)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dali,tracking,docs]'
 	$(BIN)/python tools/constraints.py constraints.txt
-	touch $(STAMP) $(DALI)
+	touch $(STAMP) $(DALI) $(SITE)
 
 # An environment of another Python, or one whose making was cut short, is made anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -66,6 +74,11 @@ $(DALI): $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dali]'
 	@touch $@
 
+$(SITE): $(STAMP)
+	@echo 'installing mkdocs into $(VENV)'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

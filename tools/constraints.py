@@ -1,7 +1,7 @@
 """Write the versions that this environment runs with into constraints.txt, and keep those of the other Python.
 
-Only what the project and its `dev`, `dali` and `tracking` extras need is written, so packages installed by hand beside them
-stay out.
+Only what the project and its `dev`, `dali`, `tracking` and `docs` extras need is written, so packages installed by hand
+beside them stay out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 PROJECT = "pivot-megatron"
 PYTHONS = ("3.11", "3.12")
+EXTRAS = ("dev", "dali", "tracking", "docs")
 HEADER = """\
 # Exact versions of the default environment. `make constraints` rewrites this Python's part; see docs/development.md.
 """
@@ -32,7 +33,7 @@ def installed() -> dict[str, str]:
     """Name to version of everything the project and its extras need here, local suffixes such as `+cpu` cut off."""
     found: dict[str, str] = {}
     done: set[tuple[str, str]] = set()
-    todo = [(PROJECT, ""), (PROJECT, "dev"), (PROJECT, "dali"), (PROJECT, "tracking")]
+    todo = [(PROJECT, extra) for extra in ("", *EXTRAS)]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -137,19 +138,9 @@ def pinned(package: str) -> str | None:
 
 
 def _packages() -> Iterator[Finding]:
-    engine = _package(("transformer-engine", "transformer-engine-torch"), "transformer_engine")
-    yield _finding(
-        "transformer-engine",
-        engine or "none",
-        engine is not None,
-        "no FP8, megatron-core's local layers; pip install -e '.[te]' on a CUDA machine",
-    )
-    apex = _package(("apex",), "apex")
-    if apex is None and engine:
-        yield Finding("apex", "none", True, "not needed: transformer-engine brings a fused Adam")
-    else:
-        cost = "no fused Adam: a slower optimizer step; pip install -e '.[te]', which brings one"
-        yield _finding("apex", apex or "none", apex is not None, cost)
+    engine = _engine()
+    yield engine
+    yield _apex(engine.ok)
     flash = _package(("flash-attn", "flash-attn-3"), "flash_attn")
     cost = "nothing: attention over packs on a GPU runs on transformer-engine's kernels, or on torch's own"
     yield Finding("flash-attn", flash or "none", True, "" if flash else cost)
@@ -159,6 +150,61 @@ def _packages() -> Iterator[Finding]:
     transformers = _package(("transformers",), "transformers")
     cost = "no checkpoint is read; pip install -e . -c constraints.txt"
     yield _finding("transformers", transformers or "none", transformers is not None, cost)
+
+
+def _engine() -> Finding:
+    """Where there is a GPU it is imported, for one that was built for another torch or CUDA is found and does not load."""
+    found = _package(("transformer-engine", "transformer-engine-torch"), "transformer_engine")
+    cost = "no FP8, megatron-core's local layers; pip install -e '.[te]' on a CUDA machine"
+    if found is not None and (why := _engine_fails()):
+        cost = f"runs stop at it, for they use it where it is there; build it again for this torch, or uninstall it ({why})"
+        return Finding("transformer-engine", f"{found}, does not load", False, cost)
+    return _finding("transformer-engine", found or "none", found is not None, cost)
+
+
+def _engine_fails() -> str | None:
+    if _version("torch") is None:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():  # nothing would use it
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # of an import, of a library that cannot be loaded, of a check of its own
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def _apex(engine: bool) -> Finding:
+    """NVIDIA's, and which of its two parts there are that a run would use: the fused Adam, and the weight-gradient kernel."""
+    found = _package(("apex",), "apex")
+    if found is not None and not _holds("apex", "optimizers"):
+        cost = "PyPI's `apex` is another project, of no use here; uninstall it: pip uninstall apex"
+        return Finding("apex", f"{found}, not NVIDIA's", engine, cost)
+    if engine:
+        cost = (
+            "" if found else "not needed: transformer-engine brings a fused Adam and its own weight-gradient products"
+        )
+        return Finding("apex", found or "none", True, cost)
+    if found is None:
+        cost = (
+            "no fused Adam, and weight gradients added up apart from their products: slower steps; pip install -e '.[te]', "
+            "which brings both"
+        )
+        return Finding("apex", "none", False, cost)
+    cost = (
+        "built without fused_weight_gradient_mlp_cuda: weight gradients are added up apart from their products; build it with "
+        "its C++ and CUDA extensions, or pip install -e '.[te]'"
+    )
+    return _finding("apex", found, _importable("fused_weight_gradient_mlp_cuda"), cost)
+
+
+def _holds(package: str, part: str) -> bool:
+    """Looks for a module within a package without running either."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    return any(Path(folder, name).exists() for folder in folders for name in (part, f"{part}.py"))
 
 
 def _kernels() -> Iterator[Finding]:
@@ -177,6 +223,8 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("attention", found.attention, True, "")
         yield Finding("adam", found.optimizer, True, "")
         yield Finding("weight gradients", f"added up {found.gradient_accumulation}", True, "")
+        cost = "no fused cross entropy is used: megatron-core's rounds its gradient to bf16, and logits are never whole here"
+        yield Finding("log-probs", "this project's own, in tiles of tokens by vocabulary", True, cost)
 
 
 def _package(distributions: Sequence[str], module: str) -> str | None:

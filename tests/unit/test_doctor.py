@@ -51,6 +51,8 @@ def test_a_pin_for_another_python_does_not_count(monkeypatch: pytest.MonkeyPatch
 
 def test_packages_that_are_there_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: "9.9")
+    monkeypatch.setattr(doctor, "_holds", lambda package, part: True)
+    monkeypatch.setattr(doctor, "_engine_fails", lambda: None)
     assert [(f.found, f.ok, f.cost) for f in doctor._packages()] == [("9.9", True, "")] * 5
 
 
@@ -65,11 +67,68 @@ def test_packages_that_are_missing_say_what_they_cost(monkeypatch: pytest.Monkey
     assert [name for name, finding in found.items() if not finding.ok] == ["transformer-engine", "apex", "transformers"]
 
 
+@pytest.mark.parametrize(
+    ("installed", "parts", "engine", "found", "ok", "cost"),
+    [
+        (None, (), True, "none", True, "not needed: transformer-engine brings a fused Adam and its own"),
+        (None, (), False, "none", False, "no fused Adam, and weight gradients added up apart"),
+        ("0.1", ("optimizers", "kernel"), False, "0.1", True, ""),
+        ("0.1", ("optimizers",), False, "0.1", False, "built without fused_weight_gradient_mlp_cuda"),
+        ("0.1", ("optimizers",), True, "0.1", True, ""),
+        ("0.9", (), False, "0.9, not NVIDIA's", False, "PyPI's `apex` is another project"),
+        ("0.9", (), True, "0.9, not NVIDIA's", True, "PyPI's `apex` is another project"),
+    ],
+)
+def test_apex_is_judged_by_the_parts_a_run_would_use(
+    installed: str | None,
+    parts: tuple[str, ...],
+    engine: bool,
+    found: str,
+    ok: bool,
+    cost: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_package", lambda names, module: installed)
+    monkeypatch.setattr(doctor, "_holds", lambda package, part: part in parts)
+    monkeypatch.setattr(doctor, "_importable", lambda module: "kernel" in parts)
+    told = doctor._apex(engine)
+    assert (told.found, told.ok) == (found, ok) and told.cost.startswith(cost) and bool(told.cost) == bool(cost)
+
+
+def test_a_part_of_a_package_is_found_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loud" / "optimizers").mkdir(parents=True)
+    (tmp_path / "loud" / "__init__.py").write_text("raise RuntimeError('run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (
+        doctor._holds("loud", "optimizers") and not doctor._holds("loud", "other") and not doctor._holds("nothing", "x")
+    )
+
+
+def test_an_engine_that_does_not_load_is_told_where_it_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_package", lambda names, module: "2.9")
+    asked: list[str] = []
+
+    def fails(name: str) -> None:
+        asked.append(name)
+        raise OSError("te.so: undefined symbol:\n  _ZN3c10")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # noqa: TID251
+    assert doctor._engine() == Finding("transformer-engine", "2.9", True, "") and asked == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # noqa: TID251
+    told = doctor._engine()
+    assert (told.found, told.ok, asked) == ("2.9, does not load", False, ["transformer_engine.pytorch"])
+    assert "te.so: undefined symbol: _ZN3c10" in told.cost and "\n" not in told.cost
+    monkeypatch.setattr(doctor.importlib, "import_module", asked.append)
+    assert doctor._engine().ok
+
+
 def test_what_a_run_would_compute_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.name: finding.found for finding in doctor._kernels()}
     if not torch.cuda.is_available():  # noqa: TID251
         assert found["layers"] == "megatron-core's own" and "torch's fused AdamW" in found["adam"]
         assert "segment by segment" in found["attention"] and "apart" in found["weight gradients"]
+        assert found["log-probs"].startswith("this project's own")
     monkeypatch.setattr(attention, "current_platform", lambda: SimpleNamespace(is_cuda=True, transformer_engine=False))
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     (none,) = doctor._kernels()

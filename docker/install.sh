@@ -10,14 +10,14 @@
 # constraints.txt, but for what the image has compiled against its torch and its CUDA. `dependencies` reads pyproject.toml and
 # constraints.txt alone, so that an image's layer of them outlives changes of the code.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
     sed -n 's/^#   //p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 [[ $# -ge 2 ]] || usage
-step=$1 venv=$2 torch=${3:-} extras=${4:-}
+step=$1 venv=$(realpath -m "$2") torch=${3:-} extras=${4:-}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 packages=docker/packages.py
 record=$venv/kept.json # where torch is the image's
 
@@ -59,5 +59,5 @@ check() {
 
 case $step in
 dependencies | project | check) "$step" ;;
-*) usage ;;
+*) echo "install.sh: expected dependencies, project or check, found $step" >&2 && exit 2 ;;
 esac

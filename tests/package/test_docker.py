@@ -89,9 +89,11 @@ def test_a_python_without_a_torch_to_keep_is_refused(tmp_path: Path) -> None:
 
 
 def test_install_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    for words in ((), ("dependencies", tmp_path / "new", "elsewhere"), ("remove", tmp_path)):
+    for words in ((), ("dependencies", tmp_path / "new", "elsewhere")):
         done = run(ROOT / "docker/install.sh", *words)
         assert done.returncode == 2 and "docker/install.sh dependencies VENV image" in done.stderr
+    done = run(ROOT / "docker/install.sh", "remove", tmp_path)
+    assert done.returncode == 2 and done.stderr == "install.sh: expected dependencies, project or check, found remove\n"
     (tmp_path / "file").write_text("mine")
     done = run(ROOT / "docker/install.sh", "dependencies", tmp_path, "index")
     assert done.returncode == 2 and f"expected to make {tmp_path}, found it there" in done.stderr

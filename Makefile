@@ -17,7 +17,7 @@ help:
 	@echo 'make test         the tests that take seconds'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make test-long    fifty kills, two thousand steps, jobs that SLURM queues again'
-	@echo 'make check        lint, format, types, import rules'
+	@echo 'make check        lint, format, types, import rules, scripts, Dockerfiles'
 	@echo 'make docs         write docs/configuration.md from the schema'
 	@echo 'make site         build the documentation into site/, to be read without a network'
 	@echo 'make constraints  write the versions of this environment into constraints.txt'
@@ -43,7 +43,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/shellcheck -x launch/*.sh launch/env/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh launch/env/*.sh docker/*.sh tools/*.sh .ci/run
+	$(BIN)/hadolint docker/*.Dockerfile
 
 docs: $(STAMP)
 	$(BIN)/python -m pivot_megatron.config.document > docs/configuration.md.part

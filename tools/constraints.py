@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,19 +22,19 @@ HEADER = """\
 # Exact versions of the default environment. `make constraints` rewrites this Python's part; see docs/development.md.
 """
 
-# CUDA libraries come with torch's CUDA build and must match it, whichever build a machine has.
-_CUDA = re.compile(r"(nvidia-(?!dali|nvimgcodec)|cuda-)|triton$")
+# CUDA libraries come with torch's CUDA build and must match it, whichever build a machine has; DALI brings decoders of its own.
+_CUDA = re.compile(r"(nvidia-(?!dali|nvimgcodec|nvjpeg|nvtiff|libnvcomp)|cuda-)|triton$")
 _LINE = re.compile(r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version == "(\d+\.\d+)")?$')
 
 Versions = dict[str, dict[str, str]]
 """Package name to Python version to package version."""
 
 
-def installed() -> dict[str, str]:
-    """Name to version of everything the project and its extras need here, local suffixes such as `+cpu` cut off."""
+def installed(extras: Iterable[str]) -> dict[str, str]:
+    """Name to version of everything the project and its `extras` need here, local suffixes such as `+cpu` cut off."""
     found: dict[str, str] = {}
     done: set[tuple[str, str]] = set()
-    todo = [(PROJECT, extra) for extra in ("", *EXTRAS)]
+    todo = [(PROJECT, ""), *((PROJECT, extra) for extra in extras)]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in done:
@@ -75,7 +76,7 @@ def text(versions: Versions) -> str:
 def main(path: Path) -> None:
     python = "{}.{}".format(*sys.version_info)
     others = {name: {p: v for p, v in by_python.items() if p != python} for name, by_python in read(path).items()}
-    here = installed()
+    here = installed(EXTRAS)
     versions = {name: others.get(name, {}) | ({python: here[name]} if name in here else {}) for name in others | here}
     path.write_text(text({name: by_python for name, by_python in versions.items() if by_python}))
 

@@ -57,13 +57,7 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
     Raises:
         UserError: too few training samples of a class to hold some out.
     """
-    classes, counts = np.unique(train_y, return_counts=True)
-    if len(classes) < 2 or counts.min() < 2 or _HELD_OUT * len(train_y) < len(classes):
-        raise UserError(
-            f"linear probe: expected at least 2 classes, 2 training samples of each and {1 / _HELD_OUT:.0f} a class "
-            f"overall, found {len(train_y)} samples of {len(classes)} classes, the rarest with "
-            f"{counts.min(initial=len(train_y))}; add training samples"
-        )
+    require_some_to_hold_out(train_y)
     fit_x, held_x, fit_y, held_y = train_test_split(
         train_x, train_y, test_size=_HELD_OUT, stratify=train_y, random_state=seed
     )
@@ -85,6 +79,17 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
         train_total=len(train_y),
         right=right[chosen],
     )
+
+
+def require_some_to_hold_out(labels: Labels) -> None:
+    """Raises UserError where a stratified fifth of the training samples, of classes `labels` `[samples]`, would lack a class."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2 or _HELD_OUT * len(labels) < len(classes):
+        raise UserError(
+            f"linear probe: expected at least 2 classes, 2 training samples of each and {1 / _HELD_OUT:.0f} a class "
+            f"overall, found {len(labels)} samples of {len(classes)} classes, the rarest with "
+            f"{counts.min(initial=len(labels))}; add training samples"
+        )
 
 
 def _right_by_c(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> list[npt.NDArray[np.bool_]]:

@@ -40,8 +40,8 @@ class Evolution:
 
     def write_runs(self) -> list[Path]:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
-        one before it is not finished."""
-        if self.schedule.probe is not None:
+        one before it is not finished, and where there is a run to make and the probe's images do not go together."""
+        if self.schedule.probe is not None and not all(finished(phase.config) for phase in self.phases):
             require_sets(_settings(self.schedule))
         if self.schedule.projector.checkpoint is not None:
             resolve_checkpoint(self.schedule.projector.checkpoint)

@@ -176,6 +176,25 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     assert len(launcher.runs) == 3 and len(list((out / "dpo").glob("judged-*.json"))) == len(judged) + 1
 
 
+@pytest.mark.parametrize(
+    ("probe", "told"),
+    [
+        ("probe.per_class=13", "expected 13 images of every class, found 12 of dark"),
+        ("probe.per_class=12", "expected draws that differ, found that 12 a class are all there are"),
+        ("probe.per_class=4", "expected at least 2 classes, 2 training samples of each and 5 a class"),
+        ("probe.test={world}", "expected the 2 classes of"),
+        ("probe.test={world}/train", "expected images that are in one alone, found 24 in both"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_said_before_anything_is_trained(
+    probe: str, told: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_once, "launch", lambda *_: pytest.fail("trained"))
+    assert main(["evolve", str(write_schedule(world, tmp_path)), probe.format(world=world)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and not (tmp_path / "out").exists()
+
+
 def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None:
     from pivot_megatron.recipe.phase_runs import phases_of
     from pivot_megatron.recipe.schedule import load_schedule

@@ -276,5 +276,5 @@ def test_the_other_objective_begins_from_the_same_run() -> None:
     schedule = load_schedule(shipped_config("evolve/mpo.yaml"), command[3:])
     run = Path("runs/single/1b_pretrain/run")
     assert schedule.encoder.checkpoint == schedule.projector.checkpoint == run and schedule.encoder.hf is None
-    (phase,) = schedule.phases
-    assert phase.head == Component(checkpoint=run) and phase.run == {"base": "../run/2_mpo.yaml"}
+    *_, last = load_schedule(shipped_config("evolve/mpo.yaml")).phases
+    assert schedule.phases == (replace(last, head=Component(checkpoint=run)),)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.features import Say, pooled_features, silent
 from pivot_megatron.probe.image_set import ImageSet
-from pivot_megatron.probe.interval import wilson
 from pivot_megatron.probe.linear import (
     ProbeResult,
     few_a_class,
@@ -60,14 +59,13 @@ class LinearReport:
 def linear_score(encoder: str, features: str, draws: Sequence[ProbeResult], prototypes: Sequence[float]) -> Score:
     """Of one encoder, by draw. `prototypes`: accuracies of the nearest class mean."""
     right = np.stack([draw.right for draw in draws]).astype(np.float64)
-    test_images = right.shape[1]
     best = statistics.fmean(draw.accuracy_best_c_on_test for draw in draws)
     return Score(
         encoder,
         right,
         {"C on test": f"{100 * best:.2f}", "prototypes": f"{100 * statistics.fmean(prototypes):.2f}"},
         {"features": features, "draws": [_record(draw) for draw in draws], "prototypes": list(prototypes)},
-        wilson(round(float(right.mean()) * test_images), test_images),
+        counted=True,
     )
 
 

@@ -82,8 +82,8 @@ def run_once(name: str, config: RunConfig, processes: int | None, requests: Stop
 
 
 def apart(told: str, words: Sequence[str], folder: Path, requests: StopRequests) -> None:
-    """`pivot WORDS` to its end in a process of its own, with which goes what it held of a GPU. It is run for the files that it leaves
-    in `folder`: its stdout is dropped. `told`: what it is, for errors. Raises what its exit code stands for where it fails."""
+    """`pivot WORDS` to its end in a process of its own, with which goes what it held of a GPU. It is run for the files that it
+    leaves in `folder`: its stdout is dropped. `told`: what it is, for errors. Raises what its exit code stands for."""
     _require_done(launch(1, words, requests, answers=False), told, folder)
 
 

@@ -139,7 +139,7 @@ def _score(
     found, prototypes = [], []
     for n, draw in enumerate(draws):
         x, y = train_x[np.searchsorted(used, draw)], train.labels[draw]
-        found.append(linear_probe(x, y, test_x, test.labels, seed=settings.seed + n))
+        found.append(linear_probe(x, y, test_x, test.labels, seed=settings.seed + n, cache=cache))
         prototypes.append(prototype_accuracy(x, y, test_x, test.labels))
         say(f"{path}: draw {n + 1} of {len(draws)}, accuracy {found[-1].accuracy:.4f}")
     return linear_score(str(path), features, found, prototypes)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from PIL import Image
 from sklearn.neighbors import NearestCentroid
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.probe import linear
 from pivot_megatron.probe.digits import digits
 from pivot_megatron.probe.interval import crossed_change, crossed_mean, difference, mean_interval, wilson
-from pivot_megatron.probe.linear import C_GRID, few_a_class, linear_probe, prototype_accuracy
+from pivot_megatron.probe.linear import C_GRID, ProbeResult, few_a_class, linear_probe, prototype_accuracy
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,33 @@ def test_planted_features_score_everything() -> None:
     result = linear_probe(features[:120], labels[:120], features[120:], labels[120:], seed=0)
     assert (result.accuracy, result.correct, result.total, result.train_total) == (1.0, 80, 80, 120)
     assert (result.low, result.high) == (wilson(80, 80).low, 1.0)
+
+
+def test_fits_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where the seed, a feature, a label, or the code that fits are others."""
+    rng = np.random.default_rng(0)
+    labels, features = np.arange(120) % 4, rng.normal(size=(120, 8)).astype(np.float32)
+    fits: list[float] = []
+    right = linear._right
+    monkeypatch.setattr(linear, "_right", lambda c, *arrays: fits.append(c) or right(c, *arrays))
+
+    def fitted(seed: int = 0, features: np.ndarray = features, labels: np.ndarray = labels) -> tuple[ProbeResult, int]:
+        fits.clear()
+        words = (features[:60], labels[:60], features[60:], labels[60:])
+        return linear_probe(*words, seed=seed, cache=tmp_path), len(fits)
+
+    one_pass, plain = len(C_GRID), linear_probe(features[:60], labels[:60], features[60:], labels[60:], seed=0)
+    assert fitted() == (plain, 2 * one_pass)
+    assert fitted() == (plain, 0)
+    assert fitted(seed=1)[1] == one_pass  # the same images again for the test, others held out
+    moved, named = features.copy(), labels.copy()
+    moved[-1, 0] = np.nextafter(moved[-1, 0], np.float32(9))
+    named[[-1, -2]] = named[[-2, -1]]
+    assert (
+        fitted(features=moved)[1] == fitted(labels=named)[1] == one_pass
+    )  # of the test set, so what is held out is as it was
+    monkeypatch.setattr(linear, "made_by", lambda *_: "another scikit-learn")
+    assert fitted()[1] == 2 * one_pass
 
 
 def test_random_features_score_chance() -> None:

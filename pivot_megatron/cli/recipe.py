@@ -58,7 +58,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _require_alone(verb: str, instead: str) -> None:
-    if "RANK" in os.environ or os.environ.get("NNODES", "1") != "1":
+    if any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "NNODES")):
         raise UserError(
             f"{verb}: expected to be started alone, for it starts the processes of its runs itself; on several nodes {instead}"
         )
@@ -88,7 +88,7 @@ def _evolve(args: argparse.Namespace) -> int:
         from pivot_megatron.recipe.schedule import load_schedule
 
         schedule = load_schedule(args.schedule, args.overrides)
-        evolution = Evolution(schedule, phases_of(schedule, args.schedule))
+        evolution = Evolution(schedule, phases_of(schedule, args.schedule), [str(args.schedule), *args.overrides])
         if args.runs:
             for phase, file in zip(evolution.phases, evolution.write_runs(), strict=True):
                 print(f"{phase.name}\t{file}")

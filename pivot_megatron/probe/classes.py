@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.features import Say, pooled_features, silent
 from pivot_megatron.probe.image_set import ImageSet
-from pivot_megatron.probe.interval import wilson
-from pivot_megatron.probe.linear import ProbeResult, few_a_class, linear_probe, prototype_accuracy
+from pivot_megatron.probe.linear import (
+    ProbeResult,
+    few_a_class,
+    linear_probe,
+    prototype_accuracy,
+    require_some_to_hold_out,
+)
 from pivot_megatron.probe.opening import opened, require_sources
-from pivot_megatron.probe.stored import tars_at
 from pivot_megatron.probe.table import Score, as_json, as_table
 
 
@@ -54,14 +59,13 @@ class LinearReport:
 def linear_score(encoder: str, features: str, draws: Sequence[ProbeResult], prototypes: Sequence[float]) -> Score:
     """Of one encoder, by draw. `prototypes`: accuracies of the nearest class mean."""
     right = np.stack([draw.right for draw in draws]).astype(np.float64)
-    test_images = right.shape[1]
     best = statistics.fmean(draw.accuracy_best_c_on_test for draw in draws)
     return Score(
         encoder,
         right,
         {"C on test": f"{100 * best:.2f}", "prototypes": f"{100 * statistics.fmean(prototypes):.2f}"},
         {"features": features, "draws": [_record(draw) for draw in draws], "prototypes": list(prototypes)},
-        wilson(round(float(right.mean()) * test_images), test_images),
+        counted=True,
     )
 
 
@@ -70,11 +74,33 @@ def _record(draw: ProbeResult) -> dict[str, object]:
 
 
 def require_sets(settings: LinearSettings) -> None:
-    """Raises UserError where there is nothing at `train` or `test`, before work is done that is to be probed. What is there is
-    looked at by the probe itself."""
+    """Raises UserError for what `probe_encoders` would refuse of the images and draws, before work is done that is to be probed.
+    No image is decoded."""
+    _opened_sets(settings)
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """`draws`: indices of `train`, one array a draw."""
+
+    train: ImageSet
+    test: ImageSet
+    draws: tuple[npt.NDArray[np.intp], ...]
+
+
+def _opened_sets(settings: LinearSettings) -> _Sets:
     _require_counts(settings)
-    for where in (settings.train, settings.test):
-        tars_at(where)
+    train, test = ImageSet.opened(settings.train), ImageSet.opened(settings.test)
+    _require_matching(settings, train, test)
+    _require_enough(settings, train)
+    draws = tuple(few_a_class(train.labels, settings.per_class, settings.seed + n) for n in range(settings.draws))
+    require_some_to_hold_out(train.labels[draws[0]])
+    if len({draw.tobytes() for draw in draws}) < len(draws):
+        raise UserError(
+            f"--draws: expected draws that differ, found that {settings.per_class} a class are all there are of "
+            f"{settings.train}; lower --per-class, or set --draws 1"
+        )
+    return _Sets(train, test, draws)
 
 
 def _require_counts(settings: LinearSettings) -> None:
@@ -90,30 +116,21 @@ def probe_encoders(
 ) -> LinearReport:
     """Raises UserError for sets that do not go together, too few images of a class, draws that are the same, and an encoder that
     is not whole."""
-    _require_counts(settings)
     require_sources(encoders, settings.projected)
-    train, test = ImageSet.opened(settings.train), ImageSet.opened(settings.test)
-    _require_matching(settings, train, test)
-    _require_enough(settings, train)
-    draws = [few_a_class(train.labels, settings.per_class, settings.seed + n) for n in range(settings.draws)]
-    if len({draw.tobytes() for draw in draws}) < len(draws):
-        raise UserError(
-            f"--draws: expected draws that differ, found that {settings.per_class} a class are all there are of "
-            f"{settings.train}; lower --per-class, or set --draws 1"
-        )
-    scores = tuple(_score(path, settings, (train, test), draws, cache, say) for path in encoders)
-    return LinearReport(settings, len(train.classes), len(test), scores)
+    sets = _opened_sets(settings)
+    scores = tuple(_score(path, settings, sets, cache, say) for path in encoders)
+    return LinearReport(settings, len(sets.train.classes), len(sets.test), scores)
 
 
 def _score(
     path: Path,
     settings: LinearSettings,
-    sets: tuple[ImageSet, ImageSet],
-    draws: Sequence[np.ndarray],
+    sets: _Sets,
     cache: Path | None,
     say: Say,
 ) -> Score:
-    (train, test), used = sets, np.unique(np.concatenate(draws))
+    train, test, draws = sets.train, sets.test, sets.draws
+    used = np.unique(np.concatenate(draws))
     with opened(path, settings.feature_layer, settings.projected) as encoder:
         pooled = partial(pooled_features, encoder, batch=settings.batch, cache=cache)
         train_x = pooled(train, used.tolist(), say=lambda told: say(f"{path}: train, {told}"))
@@ -122,7 +139,7 @@ def _score(
     found, prototypes = [], []
     for n, draw in enumerate(draws):
         x, y = train_x[np.searchsorted(used, draw)], train.labels[draw]
-        found.append(linear_probe(x, y, test_x, test.labels, seed=settings.seed + n))
+        found.append(linear_probe(x, y, test_x, test.labels, seed=settings.seed + n, cache=cache))
         prototypes.append(prototype_accuracy(x, y, test_x, test.labels))
         say(f"{path}: draw {n + 1} of {len(draws)}, accuracy {found[-1].accuracy:.4f}")
     return linear_score(str(path), features, found, prototypes)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from pivot_megatron.probe.gradients import Place
-from pivot_megatron.probe.interval import wilson
 from pivot_megatron.probe.patch_grid import PatchGrid, Values
 from pivot_megatron.probe.questions import Question
 from pivot_megatron.probe.saliency import energy_inside, pointing_chance, points_inside
@@ -68,8 +67,8 @@ class Column:
         found = [one.scores for one in self.seen if one.scores]
         values = np.array([[one[measure] for one in found]])
         chance = float(np.mean([one[f"{measure}_chance"] for one in found]))
-        floor = wilson(int(values.sum()), values.size) if measure == "pointing" else None
-        return Score(self.label, values, {"chance": f"{100 * chance:.2f}"}, {"chance": chance}, floor)
+        columns, record = {"chance": f"{100 * chance:.2f}"}, {"chance": chance}
+        return Score(self.label, values, columns, record, counted=measure == "pointing")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.image_set import Labels
 from pivot_megatron.probe.interval import wilson
-from pivot_megatron.probe.kept import Features
+from pivot_megatron.probe.kept import Features, digest_of, kept, made_by
 from pivot_megatron.runtime.device import available_cores
 
 C_GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
@@ -44,7 +45,9 @@ class ProbeResult:
     right: npt.NDArray[np.bool_] = field(compare=False, repr=False)
 
 
-def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, *, seed: int) -> ProbeResult:
+def linear_probe(
+    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, *, seed: int, cache: Path | None = None
+) -> ProbeResult:
     """Fit logistic regressions (lbfgs, L2, at most 1000 iterations) over `C_GRID` and score them on the test set.
 
     C is chosen on a stratified held-out fifth of the training set drawn with `seed`, the strongest regularisation
@@ -53,22 +56,17 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
     Args:
         train_x, test_x: `[samples, hidden]`.
         train_y, test_y: `[samples]`, class indices.
+        cache: a folder that keeps what the fits get right for the next time that they would be made of the same arrays.
 
     Raises:
         UserError: too few training samples of a class to hold some out.
     """
-    classes, counts = np.unique(train_y, return_counts=True)
-    if len(classes) < 2 or counts.min() < 2 or _HELD_OUT * len(train_y) < len(classes):
-        raise UserError(
-            f"linear probe: expected at least 2 classes, 2 training samples of each and {1 / _HELD_OUT:.0f} a class "
-            f"overall, found {len(train_y)} samples of {len(classes)} classes, the rarest with "
-            f"{counts.min(initial=len(train_y))}; add training samples"
-        )
+    require_some_to_hold_out(train_y)
     fit_x, held_x, fit_y, held_y = train_test_split(
         train_x, train_y, test_size=_HELD_OUT, stratify=train_y, random_state=seed
     )
-    held_correct = [int(right.sum()) for right in _right_by_c(fit_x, fit_y, held_x, held_y)]
-    right = _right_by_c(train_x, train_y, test_x, test_y)
+    held_correct = [int(right.sum()) for right in _right_by_c(fit_x, fit_y, held_x, held_y, cache)]
+    right = _right_by_c(train_x, train_y, test_x, test_y, cache)
     test_correct = [int(one.sum()) for one in right]
     chosen = int(np.argmax(held_correct))
     best = int(np.argmax(test_correct))
@@ -87,11 +85,30 @@ def linear_probe(train_x: Features, train_y: Labels, test_x: Features, test_y: L
     )
 
 
-def _right_by_c(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> list[npt.NDArray[np.bool_]]:
-    """Of each of C_GRID, fitted beside one another: threads of one product wait for each other on a machine that does more."""
-    threads = min(available_cores(), len(C_GRID))
-    with threadpool_limits(available_cores() // threads, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda c: _right(c, train_x, train_y, test_x, test_y), C_GRID))
+def require_some_to_hold_out(labels: Labels) -> None:
+    """Raises UserError where a stratified fifth of the training samples, of classes `labels` `[samples]`, would lack a class."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2 or _HELD_OUT * len(labels) < len(classes):
+        raise UserError(
+            f"linear probe: expected at least 2 classes, 2 training samples of each and {1 / _HELD_OUT:.0f} a class "
+            f"overall, found {len(labels)} samples of {len(classes)} classes, the rarest with "
+            f"{counts.min(initial=len(labels))}; add training samples"
+        )
+
+
+def _right_by_c(
+    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, cache: Path | None
+) -> npt.NDArray[np.bool_]:
+    """`[C, samples]`: of each of C_GRID, fitted beside one another: threads of one product wait for each other on a machine that
+    does more."""
+
+    def work() -> npt.NDArray[np.bool_]:
+        threads = min(available_cores(), len(C_GRID))
+        with threadpool_limits(available_cores() // threads, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+            return np.stack(list(pool.map(lambda c: _right(c, train_x, train_y, test_x, test_y), C_GRID)))
+
+    made = made_by(__file__, "scikit-learn", "scipy", "numpy")
+    return kept(work, cache, f"right {made} {digest_of(train_x, train_y, test_x, test_y)}")
 
 
 def _right(c: float, train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> npt.NDArray[np.bool_]:

@@ -62,6 +62,10 @@ class PatchWork:
         return [range(len(self.images))[n : n + IMAGES_A_FILE] for n in range(0, len(self.images), IMAGES_A_FILE)]
 
     @property
+    def fingerprint(self) -> str:
+        return f"{self.encoder.fingerprint} {self.images.fingerprint} {self.classes}"
+
+    @property
     def missing_bytes(self) -> int:
         """What features take on the disk that are not there yet, but for the heads of files."""
         if self.cache is None:
@@ -173,7 +177,9 @@ def patch_sets(
                 "disk"
             )
     return [
-        PatchSet(work.features(batch, partial(_said, say, name)), theirs, work.grids, work.covered, classes)
+        PatchSet(
+            work.features(batch, partial(_said, say, name)), theirs, work.grids, work.covered, classes, work.fingerprint
+        )
         for work, theirs, (name, _) in zip(works, targets, sets, strict=True)
     ]
 

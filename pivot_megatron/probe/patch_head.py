@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from pivot_megatron.probe import multilabel
 from pivot_megatron.probe.features import Say, silent
+from pivot_megatron.probe.kept import Arrays, kept_together, made_by
 from pivot_megatron.probe.multilabel import Counts
 from pivot_megatron.probe.patch_set import PatchSet
 from pivot_megatron.runtime.device import current_platform
@@ -21,6 +26,7 @@ PEAK, FLOOR = 1e-3, 1e-4
 WARM_UP = 500
 WEIGHT_DECAY = 0.01
 """The paper's (arXiv 2510.16333)."""
+_COUNTS = tuple(field.name for field in fields(Counts))
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,25 @@ def train_head(train: PatchSet, test: PatchSet, epochs: int, seed: int, say: Say
         if recall > highest:
             best, kept_head, highest = epoch, copy.deepcopy(head), recall
     return TrainedHead(kept_head, tuple(found), best)
+
+
+def kept_head(
+    train: PatchSet, test: PatchSet, epochs: int, seed: int, cache: Path | None, say: Say = silent
+) -> TrainedHead:
+    """As `train_head`, which trains where the folder `cache` has none that it would train alike."""
+
+    def work() -> Arrays:
+        found = train_head(train, test, epochs, seed, say)
+        weights = parameters_to_vector(found.head.parameters()).detach().cpu().numpy()
+        counts = np.array([[getattr(one, name) for name in _COUNTS] for one in found.epochs])
+        return {"weights": weights, "counts": counts, "best": np.array(found.best)}
+
+    made = made_by(__file__, multilabel.__file__, "torch")
+    told = f"head {made} {train.fingerprint} {test.fingerprint} {epochs} {seed}"
+    stored = kept_together(work, cache, told)
+    head = new_head(train.width, train.classes, seed)
+    vector_to_parameters(torch.from_numpy(stored["weights"]).to(current_platform().device), head.parameters())
+    return TrainedHead(head, tuple(Counts(*one) for one in stored["counts"]), int(stored["best"]))
 
 
 @torch.no_grad()

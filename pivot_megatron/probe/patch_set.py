@@ -25,13 +25,15 @@ Half = npt.NDArray[np.float16]
 class PatchSet:
     """Of images in order, `IMAGES_A_FILE` a file: `features` `[patches, width]`; `targets` `[patches, ceil(classes / 8)]`, bits
     in numpy's order that say which classes are there. `grids`: of each image, its patches down and across, which follow
-    each other row by row. `covered`: the share of its height and width that they cover, from its top left corner on."""
+    each other row by row. `covered`: the share of its height and width that they cover, from its top left corner on.
+    `fingerprint`: equal for equal features and targets."""
 
     features: tuple[Half, ...]
     targets: tuple[Packed, ...]
     grids: tuple[Grid, ...]
     covered: tuple[tuple[float, float], ...]
     classes: int
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.grids)

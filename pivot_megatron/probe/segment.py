@@ -19,7 +19,7 @@ from pivot_megatron.probe.label_maps import LabelMap, side_by_side
 from pivot_megatron.probe.masked import MaskedImages
 from pivot_megatron.probe.opening import opened, require_sources
 from pivot_megatron.probe.patch_files import patch_sets
-from pivot_megatron.probe.patch_head import TrainedHead, train_head
+from pivot_megatron.probe.patch_head import TrainedHead, kept_head
 from pivot_megatron.probe.patch_set import PatchSet
 from pivot_megatron.probe.table import Score, as_json, as_table
 
@@ -163,7 +163,7 @@ def _probed(
     heads = []
     for n in range(settings.seeds):
         told = partial(_said, say, f"head {n + 1} of {settings.seeds}")
-        heads.append(train_head(train, test, settings.epochs, settings.seed + n, told))
+        heads.append(kept_head(train, test, settings.epochs, settings.seed + n, cache, told))
     maps = tuple(_label_map(heads[0], test, n) for n in pictured)
     return _Probed(str(path), encoder.place.told, tuple(heads), train.present, maps)
 

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pivot_megatron.probe.interval import Interval, change_text, crossed_mean
+from pivot_megatron.probe.interval import Interval, change_text, crossed_change, crossed_mean, wilson
 
 
 @dataclass(frozen=True)
 class Score:
-    """`values` `[draws, samples]`: a share of each, the same draws and samples for every encoder. `floor`: an interval that the
-    mean's is not to be narrower than. `columns`: what else a table has of it, in its order; `record`: what else JSON has."""
+    """`values` `[draws, samples]`: a share of each, the same draws and samples for every encoder. `counted`: they are right (1)
+    or wrong (0), or means of such, so that intervals allow for what so many samples may not have shown: that of the mean is never
+    narrower than Wilson's over samples. `columns`: what else a table has of it, in its order; `record`: what else JSON has."""
 
     encoder: str
     values: npt.NDArray[np.float64] = field(repr=False)
     columns: Mapping[str, str]
     record: Mapping[str, Any]
-    floor: Interval | None = None
+    counted: bool = False
 
     @cached_property
     def mean(self) -> float:
@@ -32,9 +33,11 @@ class Score:
     @cached_property
     def interval(self) -> Interval:
         _, found = crossed_mean(self.values)
-        return (
-            found if self.floor is None else Interval(min(found.low, self.floor.low), max(found.high, self.floor.high))
-        )
+        if not self.counted:
+            return found
+        samples = self.values.shape[1]
+        floor = wilson(round(self.mean * samples), samples)
+        return Interval(min(found.low, floor.low), max(found.high, floor.high))
 
     @property
     def shown(self) -> Interval:
@@ -45,7 +48,9 @@ class Score:
 
 def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
     """Of each after the first, the mean of its differences from the first, value by value, with its interval."""
-    return [crossed_mean(score.values - scores[0].values) for score in scores[1:]]
+    return [
+        (crossed_change if score.counted else crossed_mean)(score.values - scores[0].values) for score in scores[1:]
+    ]
 
 
 def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:

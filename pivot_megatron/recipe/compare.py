@@ -164,7 +164,7 @@ def _measured(runs: Sequence[Member], measure: str, rows: Mapping[str, Sequence[
     scores = []
     for name, found in rows.items():
         values = np.stack(found)  # [seeds, samples]
-        scores.append(Score(name, values, {}, {"seeds": values.mean(axis=1).tolist()}))
+        scores.append(Score(name, values, {}, {"seeds": values.mean(axis=1).tolist()}, counted=True))
     return Measured(runs[0].count, measure, tuple(scores))
 
 

@@ -21,7 +21,16 @@ from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
-from pivot_megatron.recipe.run_once import StoppedError, begun, export_once, finished, recorded, run_once, write_run
+from pivot_megatron.recipe.run_once import (
+    StoppedError,
+    apart,
+    begun,
+    export_once,
+    finished,
+    recorded,
+    run_once,
+    write_run,
+)
 from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.page import write_page
 from pivot_megatron.requeue import StopRequests
@@ -32,16 +41,18 @@ _LAST = 0.1  # of a run's steps, over which its loss is told
 
 
 class Evolution:
-    """A schedule's phases, in its folder."""
+    """A schedule's phases, in its folder. `asked`: the file and the overrides that it was read from, as `pivot evolve` takes
+    them."""
 
-    def __init__(self, schedule: Schedule, phases: Sequence[Phase]) -> None:
+    def __init__(self, schedule: Schedule, phases: Sequence[Phase], asked: Sequence[str]) -> None:
         self.schedule = schedule
         self.phases = phases
+        self._asked = asked
 
     def write_runs(self) -> list[Path]:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
-        one before it is not finished."""
-        if self.schedule.probe is not None:
+        one before it is not finished, and where there is a run to make and the probe's images do not go together."""
+        if self.schedule.probe is not None and not all(finished(phase.config) for phase in self.phases):
             require_sets(_settings(self.schedule))
         if self.schedule.projector.checkpoint is not None:
             resolve_checkpoint(self.schedule.projector.checkpoint)
@@ -65,11 +76,20 @@ class Evolution:
             except StoppedError:
                 print(f"evolve: stopped in {phase.name}, which has saved; the same command goes on", file=sys.stderr)
                 return False
-            results.append(self.judge(phase.name))
+            results.append(self._judged_apart(phase, requests))
             self._tell(results)
             self.require_gate(results[-1])
         print(as_table(results))
         return True
+
+    def _judged_apart(self, phase: Phase, requests: StopRequests) -> PhaseResult:
+        """In a process of its own: what it takes of a GPU it would keep while the next phase trains."""
+        if not self._record_of(phase).exists():
+            told = f"phase {phase.name}: its judgement"
+            apart(told, ["evolve", *self._asked, "--judge", phase.name], phase.folder, requests)
+            if not self._record_of(phase).exists():
+                raise RunError(f"{told} is of another schedule; {self._asked[0]} has changed since this command began")
+        return self.judge(phase.name)
 
     def judge(self, name: str) -> PhaseResult:
         """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.load import ConfigErrors, based, decoded, merged
-from pivot_megatron.config.schema import Component, Model, RunConfig
+from pivot_megatron.config.schema import Component, Encoder, Model, Projector, RunConfig
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import UserError
@@ -79,7 +79,11 @@ def _phase(schedule: Schedule, spec: PhaseSpec, path: Path, model: dict[str, Any
     own = dict(spec.run)
     for where, tree in (("every", schedule.every), ("run", own)):
         _require_no_start(path, where, tree)
-    tree = merged(merged(based(own, path), schedule.every), own)
+    bases = own.get("base", [])
+    below = based(own, path)
+    if lost := _lost(schedule, model, below, [bases] if isinstance(bases, str) else bases, path):
+        raise ConfigErrors(path, lost)
+    tree = merged(merged(below, schedule.every), own)
     folder = schedule.out / spec.name
     tree["model"] = {**model, "anyres": (tree.get("model") or {}).get("anyres")}
     tree |= {"name": spec.name, "out": str(folder / "run")}
@@ -94,6 +98,38 @@ def _require_no_start(path: Path, where: str, tree: Mapping[str, Any]) -> None:
     found += [f"model.{key}" for key in model if key != "anyres"]
     if found:
         raise ConfigErrors(path, [f"{where}.{found[0]}: follows from the schedule; leave it out"])
+
+
+def _lost(
+    schedule: Schedule, model: Mapping[str, Any], below: Mapping[str, Any], bases: Sequence[str], path: Path
+) -> list[str]:
+    """What the tree `below`, of the files `bases`, says of how the encoder sees or what a projector keeps, and the phase's
+    `model` would not have. Where components start from is the schedule's to say, and is passed over."""
+    # An encoder is as the schedule begins it, in every phase; of the projector each phase has its own.
+    whose = {
+        "encoder": (Encoder, _tree(schedule.encoder), "the schedule says for all phases"),
+        "projector": (Projector, model["projector"], "the schedule says of its first phase alone"),
+    }
+    found = []
+    for part, (kind, own, where) in whose.items():
+        for field in fields(kind)[len(fields(Component)) :]:
+            value = _said(below, part, field.name)
+            if value in (None, field.default, own.get(field.name)):
+                continue
+            base = next(b for b in reversed(bases) if _said(based({"base": b}, path), part, field.name) is not None)
+            found.append(
+                f"run.base: {base} sets model.{part}.{field.name} to {value}, which {where}; take it out of {base}, and set "
+                f"{part}.{field.name} in the schedule where that is meant"
+            )
+    return found
+
+
+def _said(tree: Mapping[str, Any], part: str, key: str) -> Any:
+    """The value of `model.PART.KEY`; None where it is not said."""
+    for name in ("model", part):
+        inner = tree.get(name)
+        tree = inner if isinstance(inner, Mapping) else {}
+    return tree.get(key)
 
 
 def _hidden(component: Component) -> int:

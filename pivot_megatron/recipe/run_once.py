@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,27 @@ def run_once(name: str, config: RunConfig, processes: int | None, requests: Stop
         return
     remove_mark(config.out)
     file = config.out.parent / "run.yaml"
-    if code := launch(processes or default_processes(config.layout), ["train", str(file)], requests):
-        errors = {UserError.exit_code: UserError, RuleError.exit_code: RuleError}
-        raise errors.get(code, RunError)(
-            f"{name}: its run ended with exit code {code}, and said why above; see {config.out}"
-        )
+    _require_done(
+        launch(processes or default_processes(config.layout), ["train", str(file)], requests),
+        f"{name}: its run",
+        config.out,
+    )
     if mark_path(config.out).exists():
         raise StoppedError
     if not finished(config):
         raise RunError(f"{name}: its run ended without a word and is not finished; see {config.out}")
+
+
+def apart(told: str, words: Sequence[str], folder: Path, requests: StopRequests) -> None:
+    """`pivot WORDS` to its end in a process of its own, with which goes what it held of a GPU. It is run for the files that it
+    leaves in `folder`: its stdout is dropped. `told`: what it is, for errors. Raises what its exit code stands for."""
+    _require_done(launch(1, words, requests, answers=False), told, folder)
+
+
+def _require_done(code: int, told: str, folder: Path) -> None:
+    if code:
+        errors = {UserError.exit_code: UserError, RuleError.exit_code: RuleError}
+        raise errors.get(code, RunError)(f"{told} ended with exit code {code}, and said why above; see {folder}")
 
 
 def export_once(checkpoint: Path, out: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 
 from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe.interval import wilson
 from pivot_megatron.probe.opening import require_safetensors
 from pivot_megatron.probe.table import Score, as_records, as_table
 from pivot_megatron.recipe.answers import ExportedModel, answer_logprobs, greedy_answers
@@ -60,8 +59,7 @@ class TaskReport:
         for pair, found in zip(self.pairs, right, strict=True):
             by_task.setdefault(pair.task, []).append(found)
         columns = {task: f"{100 * sum(found) / len(found):.2f}" for task, found in by_task.items()}
-        floor = wilson(sum(right), len(right))
-        return Score(one.model, np.array([right], dtype=np.float64), columns, {"tasks": columns}, floor)
+        return Score(one.model, np.array([right], dtype=np.float64), columns, {"tasks": columns}, counted=True)
 
     def as_text(self) -> str:
         parts = (

@@ -56,11 +56,14 @@ class Nodes:
         return cls(int(count), int(rank), (found["MASTER_ADDR"], int(port)))
 
 
-def launch(processes: int, arguments: Sequence[str], requests: StopRequests | None = None) -> int:
+def launch(
+    processes: int, arguments: Sequence[str], requests: StopRequests | None = None, *, answers: bool = True
+) -> int:
     """Run `pivot ARGUMENTS` in `processes` processes, told of each other and of those of other nodes as torchrun does; returns 0
     or what the first to fail ended with, and RuleError's code wherever one of them ended with that.
 
     The signal that `requests` gets is passed on to all of them, which then end by themselves; they enter StopRequests too.
+    Without `answers` the first's stdout is dropped as the others' is.
 
     torchrun itself would put a page of its own around a user's one-line mistake, exit with 1 whatever the reason, and print
     a traceback on Ctrl-C. The first process has the terminal; of the others' words only those of a failure that the first
@@ -69,7 +72,7 @@ def launch(processes: int, arguments: Sequence[str], requests: StopRequests | No
     with ExitStack() as stack:
         nodes = Nodes.from_environment()
         errors = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1))]
-        children = stack.enter_context(_children(nodes, arguments, errors, requests is not None))
+        children = stack.enter_context(_children(nodes, arguments, errors, requests is not None, answers))
         if requests is not None:
             requests.before_leaving = partial(_kill, children)
         return _wait(children, errors, nodes.rank * processes, requests or StopRequests())
@@ -77,7 +80,7 @@ def launch(processes: int, arguments: Sequence[str], requests: StopRequests | No
 
 @contextmanager
 def _children(
-    nodes: Nodes, arguments: Sequence[str], errors: Sequence[IO[bytes] | None], listen: bool
+    nodes: Nodes, arguments: Sequence[str], errors: Sequence[IO[bytes] | None], listen: bool, answers: bool
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     command = [sys.executable, "-m", "pivot_megatron.cli", *arguments]
     processes = len(errors)
@@ -92,7 +95,7 @@ def _children(
                 subprocess.Popen(
                     command,
                     env={**shared, "RANK": f"{first + rank}", "LOCAL_RANK": f"{rank}"},
-                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    stdout=None if rank == 0 and answers else subprocess.DEVNULL,
                     stderr=error,
                     start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
                     preexec_fn=partial(_before_exec, listen),

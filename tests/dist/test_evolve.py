@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,24 @@ def write_schedule(world: Path, folder: Path) -> Path:
 
 
 class Launcher:
-    """In the place of processes of their own: the tests' workers, which train for real. Stops in the run number `stop_in`."""
+    """In the place of processes of their own: the tests' workers, which train for real, and this process, which judges. Stops in
+    the run number `stop_in`."""
 
     def __init__(self, workers: Workers, stop_in: int | None = None) -> None:
         self.workers, self.stop_in = workers, stop_in
         self.runs: list[str] = []
+        self.judged: list[str] = []
 
-    def __call__(self, processes: int, arguments: Sequence[str], requests: StopRequests) -> int:
-        verb, file = arguments
-        assert (verb, processes) == ("train", 1)
+    def __call__(
+        self, processes: int, arguments: Sequence[str], requests: StopRequests, *, answers: bool = True
+    ) -> int:
+        verb, file, *others = arguments
+        if verb == "evolve":
+            assert others[-2] == "--judge" and not answers
+            self.judged.append(others[-1])
+            with redirect_stdout(io.StringIO()):
+                return main(list(arguments))
+        assert (verb, processes, others, answers) == ("train", 1, [], True)
         if len(self.runs) == self.stop_in:
             out = mark_path(Path(file).parent / "run")
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +117,7 @@ def test_an_encoder_goes_through_two_heads(
     launcher.stop_in = None
     assert main(["evolve", str(file)]) == 0
     assert launcher.runs == ["align", "dpo", "realign", "dpo-wider"]  # what was finished is not trained again
+    assert launcher.judged == launcher.runs  # nor judged
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == ["phase", "align", "dpo", "realign", "dpo-wider"]
     assert [line.endswith("encoder as it was, bit for bit") for line in table[1:]] == [True, False, True, False]
@@ -176,13 +187,32 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     assert len(launcher.runs) == 3 and len(list((out / "dpo").glob("judged-*.json"))) == len(judged) + 1
 
 
+@pytest.mark.parametrize(
+    ("probe", "told"),
+    [
+        ("probe.per_class=13", "expected 13 images of every class, found 12 of dark"),
+        ("probe.per_class=12", "expected draws that differ, found that 12 a class are all there are"),
+        ("probe.per_class=4", "expected at least 2 classes, 2 training samples of each and 5 a class"),
+        ("probe.test={world}", "expected the 2 classes of"),
+        ("probe.test={world}/train", "expected images that are in one alone, found 24 in both"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_said_before_anything_is_trained(
+    probe: str, told: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_once, "launch", lambda *_: pytest.fail("trained"))
+    assert main(["evolve", str(write_schedule(world, tmp_path)), probe.format(world=world)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and not (tmp_path / "out").exists()
+
+
 def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None:
     from pivot_megatron.recipe.phase_runs import phases_of
     from pivot_megatron.recipe.schedule import load_schedule
 
     file = write_schedule(world, tmp_path)
     schedule = load_schedule(file)
-    evolution = evolve.Evolution(schedule, phases_of(schedule, file))
+    evolution = evolve.Evolution(schedule, phases_of(schedule, file), [str(file)])
     probed = Probed(0.3, Interval(0.2, 0.4), -0.6, Interval(-0.65, -0.55))
     result = PhaseResult("dpo-wider", "dpo", "qwen2 48", True, 2, 24, 1.0, 0.7, 0.0, "encoder", probed)
     with pytest.raises(RuleError, match=r"phase dpo-wider: the probe's accuracy fell by 60\.00 points, by more than 50\.00"):
@@ -191,3 +221,58 @@ def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None
     evolution.require_gate(replace(result, probed=unsure))
     evolution.require_gate(replace(result, name="dpo"))  # which has no gate
     evolution.require_gate(replace(result, probed=None))
+
+
+def one_trained(world: Path, folder: Path, workers: Workers) -> Path:
+    """A schedule of one phase, whose run is finished and not judged."""
+    file = write_schedule(world, folder)
+    tree = yaml.safe_load(file.read_text())
+    tree["phases"] = [{"name": "dpo", "head": str(world / "llm"), "run": {"base": "run.yaml", "objective": {"kind": "sft"}}}]
+    file.write_text(yaml.safe_dump(tree))
+    assert main(["evolve", str(file), "--runs"]) == 0
+    workers.run(train_at, None, 1, folder / "out" / "dpo" / "run.yaml", Layout())
+    return file
+
+
+def test_a_phase_is_judged_in_a_process_that_ends(
+    world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of which the probe's words are shown, and its one row is not: this process opens no encoder, and prints the table."""
+    file = one_trained(world, tmp_path, workers)
+    capfd.readouterr()
+    for name in ("probe_encoders", "export_once"):
+        monkeypatch.setattr(evolve, name, lambda *_: pytest.fail("in this process"))
+    assert main(["evolve", str(file)]) == 0
+    told = capfd.readouterr()
+    assert "probe: " in told.err and [line.split()[0] for line in told.out.splitlines()] == ["phase", "dpo"]
+    assert (tmp_path / "out" / "dpo" / "encoder" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "evolution.json").read_text())["phases"][0]["probed"] is not None
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_a_judgement_that_fails_ends_the_schedule_with_its_code(
+    code: int, world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = one_trained(world, tmp_path, workers)
+    monkeypatch.setattr(run_once, "launch", lambda *_, **__: code)
+    assert main(["evolve", str(file)]) == code
+    folder = tmp_path / "out" / "dpo"
+    said = f"pivot: phase dpo: its judgement ended with exit code {code}, and said why above; see {folder}"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_a_schedule_that_changes_meanwhile_is_said(
+    world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = one_trained(world, tmp_path, workers)
+    monkeypatch.setattr(run_once, "launch", lambda *_, **__: main(["evolve", str(file), "probe.per_class=6", "--judge", "dpo"]))
+    assert main(["evolve", str(file)]) == 1
+    assert f"phase dpo: its judgement is of another schedule; {file} has changed since" in capsys.readouterr().err
+
+
+def test_evolve_starts_its_processes_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evolve", "none.yaml"]) == 2
+    assert "evolve: expected to be started alone, for it starts the processes of its runs itself" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["evolve", "none.yaml"]) == 2 and "none.yaml: no such file" in capsys.readouterr().err

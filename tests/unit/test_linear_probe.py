@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from PIL import Image
 from sklearn.neighbors import NearestCentroid
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.probe import linear
 from pivot_megatron.probe.digits import digits
-from pivot_megatron.probe.interval import crossed_mean, difference, mean_interval, wilson
-from pivot_megatron.probe.linear import C_GRID, few_a_class, linear_probe, prototype_accuracy
+from pivot_megatron.probe.interval import crossed_change, crossed_mean, difference, mean_interval, wilson
+from pivot_megatron.probe.linear import C_GRID, ProbeResult, few_a_class, linear_probe, prototype_accuracy
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,33 @@ def test_planted_features_score_everything() -> None:
     result = linear_probe(features[:120], labels[:120], features[120:], labels[120:], seed=0)
     assert (result.accuracy, result.correct, result.total, result.train_total) == (1.0, 80, 80, 120)
     assert (result.low, result.high) == (wilson(80, 80).low, 1.0)
+
+
+def test_fits_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where the seed, a feature, a label, or the code that fits are others."""
+    rng = np.random.default_rng(0)
+    labels, features = np.arange(120) % 4, rng.normal(size=(120, 8)).astype(np.float32)
+    fits: list[float] = []
+    right = linear._right
+    monkeypatch.setattr(linear, "_right", lambda c, *arrays: fits.append(c) or right(c, *arrays))
+
+    def fitted(seed: int = 0, features: np.ndarray = features, labels: np.ndarray = labels) -> tuple[ProbeResult, int]:
+        fits.clear()
+        words = (features[:60], labels[:60], features[60:], labels[60:])
+        return linear_probe(*words, seed=seed, cache=tmp_path), len(fits)
+
+    one_pass, plain = len(C_GRID), linear_probe(features[:60], labels[:60], features[60:], labels[60:], seed=0)
+    assert fitted() == (plain, 2 * one_pass)
+    assert fitted() == (plain, 0)
+    assert fitted(seed=1)[1] == one_pass  # the same images again for the test, others held out
+    moved, named = features.copy(), labels.copy()
+    moved[-1, 0] = np.nextafter(moved[-1, 0], np.float32(9))
+    named[[-1, -2]] = named[[-2, -1]]
+    assert (
+        fitted(features=moved)[1] == fitted(labels=named)[1] == one_pass
+    )  # of the test set, so what is held out is as it was
+    monkeypatch.setattr(linear, "made_by", lambda *_: "another scikit-learn")
+    assert fitted()[1] == 2 * one_pass
 
 
 def test_random_features_score_chance() -> None:
@@ -117,6 +146,52 @@ def test_a_crossed_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
         draws_alone += 0.0 in mean_interval(values.mean(axis=1).tolist())
     assert 0.935 < crossed / trials < 0.985
     assert draws_alone / trials < 0.93
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "total", "centre", "error"),
+    [
+        (4, 26, 48, 0.44, 0.09448809),  # of R's statpsych 2.0, ci.prop.ps(.05, 12, 4, 26, 6)
+        (5, 64, 100, 0.5784314, 0.05953213),  # of R's vcmeta, se.prop.ps(16, 64, 5, 15)
+        (7, 1, 21, -6 / 23, (10 / 23 - (6 / 23) ** 2) ** 0.5 / 23**0.5),  # by hand
+        (0, 0, 300, 0.0, (2 / 302 / 302) ** 0.5),
+    ],
+)
+def test_a_change_of_one_draw_is_bonett_and_prices(
+    lost: int, gained: int, total: int, centre: float, error: float
+) -> None:
+    changes = np.repeat([-1.0, 1.0, 0.0], [lost, gained, total - lost - gained])[None]
+    mean, interval = crossed_change(changes)
+    assert mean == pytest.approx((gained - lost) / total)
+    half = scipy.stats.t.ppf(0.975, total + 1) * error * ((total + 2) / (total + 1)) ** 0.5
+    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half), abs=1e-7)
+
+
+def test_a_change_lies_between_minus_one_and_one() -> None:
+    assert crossed_change(np.ones((1, 4)))[1].high == 1.0 and crossed_change(-np.ones((2, 4)))[1].low == -1.0
+    assert not np.isfinite(crossed_change(np.array([[1.0]]))[1].low)
+
+
+def test_a_change_that_was_never_seen_is_not_ruled_out() -> None:
+    """Within a tenth of the rule of three, and alike however many draws agree."""
+    for draws in (1, 3, 15):
+        for samples in (100, 1800):
+            interval = crossed_change(np.zeros((draws, samples)))[1]
+            assert interval.high == -interval.low == pytest.approx(3 / samples, rel=0.1)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("lost", "gained"), [(0.0, 0.02), (0.02, 0.1), (0.1, 0.1)])
+def test_a_change_holds_the_truth_nineteen_times_in_twenty(draws: int, lost: float, gained: float) -> None:
+    """Of 50 samples, most of whose changes all draws share; without the two that are added it fails where changes are rare."""
+    rng, held, plain, trials = np.random.default_rng(0), 0, 0, 600
+    for _ in range(trials):
+        found = rng.choice([-1.0, 1.0, 0.0], (draws + 1, 50), p=[lost, gained, 1 - lost - gained])
+        changes = np.where(rng.random(50) < 0.8, found[:1], found[1:])
+        held += gained - lost in crossed_change(changes)[1]
+        plain += gained - lost in crossed_mean(changes)[1]
+    assert held / trials > 0.94
+    assert lost > 0 or plain / trials < 0.9
 
 
 def test_digits_are_fixed_and_stratified() -> None:

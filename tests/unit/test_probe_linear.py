@@ -12,6 +12,7 @@ from PIL import Image
 
 from pivot_megatron.cli import main
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
+from pivot_megatron.probe import linear
 from pivot_megatron.probe.interval import Interval, wilson
 from pivot_megatron.probe.table import Score, against_first, as_table
 from tests.html_page import whole_page
@@ -66,12 +67,18 @@ def test_a_planted_class_is_read_and_noise_is_not(
 
 
 def test_an_encoder_does_not_differ_from_itself(
-    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fits: list[float] = []
+    right = linear._right
+    monkeypatch.setattr(linear, "_right", lambda c, *arrays: fits.append(c) or right(c, *arrays))
     write_set(tmp_path / "train", 12, 1, True), write_set(tmp_path / "test", 6, 2, True)
     code, out, err = run(tmp_path, capsys, encoders[0], encoders[0], "--per-class", 8)
-    assert code == 0 and "+0.00 (+0.00 to +0.00, inside the noise)" in out
+    # 18 images of which none differs, and one more of each kind: Student's quantile, of 19 degrees of freedom.
+    half = 2.09302405 * (2 / 19 / 20) ** 0.5
+    assert code == 0 and f"+0.00 ({-100 * half:+.2f} to {100 * half:+.2f}, inside the noise)" in out
     assert err.count("train, ") == err.count("test, ") == 1  # the second time its features are there
+    assert len(fits) == 3 * 2 * len(linear.C_GRID)  # and its fits
 
 
 def test_differences_are_taken_value_by_value() -> None:
@@ -86,9 +93,13 @@ def test_differences_are_taken_value_by_value() -> None:
     assert as_table("accuracy", (base, better)).endswith("+2.00 (-0.48 to +4.48, inside the noise)")
 
 
-def test_an_interval_is_no_narrower_than_its_floor() -> None:
-    perfect = Score("a", np.ones((3, 20)), {}, {}, wilson(20, 20))
+def test_counted_scores_have_wilsons_interval_and_one_for_what_was_not_seen() -> None:
+    perfect, same = (Score(name, np.ones((3, 20)), {}, {}, counted=True) for name in "ab")
     assert perfect.interval == Interval(wilson(20, 20).low, 1.0)
+    ((mean, interval),) = against_first((perfect, same))
+    assert mean == 0.0 and interval.low < -0.1 and interval.high > 0.1
+    sure = [Score(name, np.ones((3, 20)), {}, {}) for name in "ab"]
+    assert against_first(sure) == [(0.0, Interval(0.0, 0.0))]
 
 
 def test_what_does_not_go_together_is_one_line(

@@ -158,6 +158,41 @@ def test_what_is_wrong_is_said_by_its_key(wrong: str, models: Path, tmp_path: Pa
     assert f"{tmp_path / 'schedule.yaml'}: {message}" in str(caught.value)
 
 
+LOST = [("encoder", "image_size", 32), ("encoder", "feature_layer", -1), ("encoder", "max_patches", 16)]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [*LOST, ("projector", "keep", "first")])
+def test_what_a_base_says_of_the_model_is_not_lost(
+    part: str, key: str, value: Any, models: Path, tmp_path: Path
+) -> None:
+    """Nor where it stands in a base of a base; a start alone is the schedule's own, and what the schedule says too is kept."""
+    said = {"model": {part: {key: value, "checkpoint": "elsewhere"}}}
+    (tmp_path / "inner.yaml").write_text(yaml.safe_dump(said))
+    (tmp_path / "outer.yaml").write_text("base: inner.yaml\n")
+    (tmp_path / "start.yaml").write_text(yaml.safe_dump({"model": {part: {"checkpoint": "elsewhere"}}}))
+    (tmp_path / "taken.yaml").write_text(yaml.safe_dump({"model": {part: {key: None}}}))
+    schedule = tree(models, tmp_path / "out")
+    schedule["phases"][1]["run"]["base"] = ["outer.yaml", "run.yaml", "start.yaml"]
+    with pytest.raises(ConfigErrors) as caught:
+        resolved(tmp_path, schedule)
+    where = "for all phases" if part == "encoder" else "of its first phase alone"
+    assert str(caught.value) == (
+        f"{tmp_path / 'schedule.yaml'}: phases.1: run.base: outer.yaml sets model.{part}.{key} to {value}, which the schedule "
+        f"says {where}; take it out of outer.yaml, and set {part}.{key} in the schedule where that is meant"
+    )
+    schedule["phases"][1]["run"]["base"] = ["outer.yaml", "run.yaml", "taken.yaml"]
+    assert len(resolved(tmp_path, schedule)) == 5
+
+
+def test_what_a_base_and_the_schedule_both_say_is_kept(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "seen.yaml").write_text(yaml.safe_dump({"model": {"encoder": {"feature_layer": -1}}}))
+    schedule = tree(models, tmp_path / "out")
+    schedule["encoder"]["feature_layer"] = -1
+    for phase in schedule["phases"]:
+        phase["run"]["base"] = ["run.yaml", "seen.yaml"]
+    assert resolved(tmp_path, schedule)[0].config.model.encoder.feature_layer == -1
+
+
 def test_every_mistake_is_told_at_once(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors) as caught:
         resolved(
@@ -241,5 +276,5 @@ def test_the_other_objective_begins_from_the_same_run() -> None:
     schedule = load_schedule(shipped_config("evolve/mpo.yaml"), command[3:])
     run = Path("runs/single/1b_pretrain/run")
     assert schedule.encoder.checkpoint == schedule.projector.checkpoint == run and schedule.encoder.hf is None
-    (phase,) = schedule.phases
-    assert phase.head == Component(checkpoint=run) and phase.run == {"base": "../run/2_mpo.yaml"}
+    *_, last = load_schedule(shipped_config("evolve/mpo.yaml")).phases
+    assert schedule.phases == (replace(last, head=Component(checkpoint=run)),)

@@ -69,6 +69,7 @@ def test_an_encoder_does_not_differ_from_itself(
     assert code == 0 and "macro recall" in out and "last epoch  precision" in out
     assert out.splitlines()[2].endswith("+0.00 (+0.00 to +0.00, inside the noise)")
     assert err.count("train, 8 of 8 images") == err.count("GiB") == 1  # the second time its features are there
+    assert err.count("head 2 of 2: epoch 2 of 2") == 1  # and its heads
 
 
 def test_what_does_not_go_together_is_one_line(

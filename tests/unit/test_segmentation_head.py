@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from pivot_megatron.probe import patch_head
+from pivot_megatron.probe.kept import digest_of
 from pivot_megatron.probe.multilabel import Counts
-from pivot_megatron.probe.patch_head import FLOOR, PEAK, judged, learning_rate, new_head, train_head
+from pivot_megatron.probe.patch_head import FLOOR, PEAK, judged, kept_head, learning_rate, new_head, train_head
 from pivot_megatron.probe.patch_set import PatchSet
 
 
@@ -22,7 +25,8 @@ def patch_set(features: np.ndarray, there: np.ndarray, grid: tuple[int, int] = (
     """Of one file."""
     count = len(features) // math.prod(grid)
     packed = np.packbits(there, axis=1)
-    return PatchSet((features.astype(np.float16),), (packed,), (grid,) * count, ((1.0, 1.0),) * count, there.shape[1])
+    half = features.astype(np.float16)
+    return PatchSet((half,), (packed,), (grid,) * count, ((1.0, 1.0),) * count, there.shape[1], digest_of(half, packed))
 
 
 def test_shares_are_scikit_learns() -> None:
@@ -104,3 +108,30 @@ def test_a_step_is_adamws_by_hand() -> None:
     ):
         expected = parameter * (1 - PEAK * 0.01) - PEAK * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
+
+
+def test_a_head_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where its seed, its epochs, its patches or the code that trains it are others."""
+    draw = np.random.default_rng(1)
+    there = bits((40 * 16, 3), 0.4, 0)
+    one, other = (patch_set(draw.normal(size=(40 * 16, 6)), there) for _ in range(2))
+    trained: list[int] = []
+    monkeypatch.setattr(patch_head, "train_head", lambda *words: trained.append(1) or train_head(*words))
+    first, again = (kept_head(one, one, 3, 5, tmp_path) for _ in range(2))
+    assert len(trained) == 1 and (first.best, len(first.epochs)) == (again.best, len(again.epochs)) == (again.best, 3)
+    plain = train_head(one, one, 3, 5)
+    for found in (first, again):
+        assert all(torch.equal(a, b) for a, b in zip(found.head.parameters(), plain.head.parameters(), strict=True))
+        for name in ("true_positives", "false_negatives", "false_positives"):
+            for a, b in zip(found.epochs, plain.epochs, strict=True):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    for words in ((one, one, 3, 6), (one, one, 2, 5), (one, other, 3, 5), (other, one, 3, 5)):
+        kept_head(*words, tmp_path)
+    assert len(trained) == 5
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-30])
+    kept_head(one, one, 3, 5, tmp_path)
+    assert len(trained) == 6
+    monkeypatch.setattr(patch_head, "made_by", lambda *_: "another torch")
+    kept_head(one, one, 3, 5, tmp_path)
+    assert len(trained) == 7 and {file.suffix for file in tmp_path.iterdir()} == {".npz"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -296,3 +297,19 @@ def test_the_shipped_list_is_the_papers_and_the_page_has_its_tasks() -> None:
     assert f"lmms-eval=={suite.lmms_eval}" in page
     for name, one in suite.benchmarks.items():
         assert re.search(rf"^\|[^|]*\| {name} \| `{one.task}` \| `{one.metric}` \| {one.full:g} \|", page, re.M), name
+
+
+def test_the_documented_file_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where docs/vqa.md has it, beside the shipped one."""
+    told = (ROOT / "docs" / "vqa.md").read_text()
+    name = re.search(r"`configs/(\w+\.yaml)`: MMBench", told)
+    text = re.search(r"```yaml\n(.*?)```", told, re.DOTALL)
+    assert name and text
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "benchmarks.yaml").write_text(shipped_config("benchmarks.yaml").read_text())
+    (tmp_path / "configs" / name[1]).write_text(text[1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = read_suite(Path("../configs") / name[1]).benchmarks
+    shipped = read_suite(shipped_config("benchmarks.yaml")).benchmarks
+    assert found == shipped | {"MMBench": dataclasses.replace(shipped["MMBench"], task="mmbench_en_dev_static")}

@@ -6,15 +6,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from pivot_megatron.bench.layout_job import Job, RankFound, make_job, read_ranks
-from pivot_megatron.bench.step_regions import SHARES
+from pivot_megatron.bench.step_regions import SHARES, timed_parts
 from pivot_megatron.cli import main
 from pivot_megatron.config.load import dump_config, load_config
-from pivot_megatron.config.schema import Layout
+from pivot_megatron.config.schema import Layout, Recompute
+from pivot_megatron.families.architecture import EncoderArchitecture
+from pivot_megatron.model.flops import Flops, pack_flops
+from pivot_megatron.runtime.regions import Regions
 from pivot_megatron.train.run_folder import read_metrics
+from pivot_megatron.train.session import prepare
+from pivot_megatron.train.step import train_step
+from pivot_megatron.train.tracking import Trackers
+from pivot_megatron.train.trainer import watched
 from tests.dist.runs import config_tree, make_world, train_at, write_config
 from tests.harness import Workers
 from tests.matrix import DP2, PP2, SINGLE, TP2
@@ -114,11 +123,8 @@ def test_one_batch_again_and_again(workers: Workers, data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--no-data",)], ids=["data", "no-data"])
-def test_every_layout_of_two_processes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
-    arguments = ["--shape", "tiny", "--rounds", "2", "--steps", "2", "--processes", "2", *options]
+def test_every_layout_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shape", "tiny", "--rounds", "2", "--steps", "2", "--processes", "2"]
     assert main(["bench", "layouts", *arguments, "--out", str(tmp_path / "b"), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree == json.loads((tmp_path / "b" / "layouts.json").read_text())
@@ -159,3 +165,33 @@ def assert_consistent(one: Mapping[str, object], gemm_peak: float, weights: int)
         assert sum(shares.values()) == pytest.approx(1.0)
     assert layout["shares"]["communication"] > 0
     assert (layout["shares"]["idle"] > 0) == (layout["pipeline"] > 1)
+
+
+def flops_by_region(path: Path, recompute: Literal["none", "full"]) -> tuple[dict[str, float], EncoderArchitecture, Flops]:
+    """A worker's job: what torch counts in each region of one step; the encoder, and what one forward pass takes by count."""
+    config = replace(load_config(path), recompute=Recompute(recompute, recompute))
+    with Trackers(config.name) as trackers, watched(config) as watch:
+        session = prepare(config, watch, trackers, lambda: None)
+        data = session.loader.with_reference(session.loader.load(0))
+        arch = session.flops.arch
+        forwards = sum((pack_flops(arch, batch) for batch in data.micro_batches), Flops())
+        with FlopCounterMode(display=False) as counter:
+            regions = Regions("rest", clock=counter.get_total_flops)
+            with timed_parts(session, regions):
+                train_step(session.wrapped, session.optimization, session.objective, data.micro_batches, None)
+        return regions.stop(), arch.encoder, forwards
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 3), ("full", 4)])
+def test_each_operation_counts_to_its_part(
+    workers: Workers, data: Path, tmp_path: Path, recompute: str, times: int
+) -> None:
+    """With torch's counter of operations for a clock. On a CPU it sees no attention, and not all of the logits."""
+    path = run_yaml(data, tmp_path, Layout())
+    ((found, encoder, once),) = workers.run(flops_by_region, None, 1, path, recompute)
+    places = once.patches / (2 * 3 * encoder.patch_size**2 * encoder.hidden)
+    layers = encoder.layers - 1  # features are taken before the last
+    weights = 4 * encoder.hidden**2 + 2 * encoder.hidden * encoder.padded_ffn
+    assert found["encoder"] == 2 * once.patches + 3 * once.projector + times * 2 * places * layers * weights
+    assert found["head"] > times * once.layers
+    assert (found["optimizer"], found["rest"]) == (0, 0)

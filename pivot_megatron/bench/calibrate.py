@@ -46,6 +46,11 @@ class Calibration:
     error: Mapping[str, tuple[float, float]]
 
 
+def default_processes() -> tuple[int, ...]:
+    """One, and as many as this machine has GPUs, or cores where it has none."""
+    return tuple(sorted({1, device_count() or available_cores()}))
+
+
 def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calibration:
     """Measure with each number of `processes` at once. Raises UserError for more than this machine has devices or cores."""
     most = device_count() or available_cores()

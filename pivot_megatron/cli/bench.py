@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pivot_megatron.cli import bench_layouts
+from pivot_megatron.cli import bench_calibrate, bench_layouts
 from pivot_megatron.cli.verbs import Groups, Verb
 
 
@@ -33,6 +33,7 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--out", type=Path, default=Path("runs/bench-loader"), help="default: runs/bench-loader")
     p.add_argument("--json", action="store_true")
     bench_layouts.add(verb, group)
+    bench_calibrate.add(verb, group)
     p = verb("runs", _runs, "how fast runs were, from their metrics: one line each", group)
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     p.add_argument("--json", action="store_true")

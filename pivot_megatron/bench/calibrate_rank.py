@@ -164,9 +164,7 @@ def _elementwise(sizes: Sizes, dtype: str) -> Iterator[Sample]:
     """Norms, activations and residual sums, forward and backward, with the traffic that plans count for them."""
     device, kind = current_platform().device, _DTYPES[dtype]
     tokens = max(sizes.tokens)
-    for rows, columns in dict(
-        (columns, (rows, columns)) for rows, columns in sizes.weights
-    ).values():  # each width once
+    for columns, rows in {c: r for r, c in sizes.weights}.items():  # each width once
         norm = RmsNorm(columns, 1e-6, kind).to(device)
         x = torch.randn(tokens, columns, device=device, dtype=kind, requires_grad=True)
         both = torch.randn(tokens, 2 * rows, device=device, dtype=kind, requires_grad=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pivot_megatron.cli.verbs import Groups, Verb
 
 if TYPE_CHECKING:
+    from pivot_megatron.config.schema import Tracking
     from pivot_megatron.report.page import Page
 
 
@@ -145,6 +146,11 @@ def _results(p: argparse.ArgumentParser, probe: str) -> None:
     out = f"runs/probe-{probe}"
     p.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     p.add_argument("--json", action="store_true")
+    p.add_argument(
+        "--wandb", choices=("off", "offline", "online"), default="off", help="tell Weights & Biases the report"
+    )
+    p.add_argument("--project", default="pivot", help="of wandb (default: pivot)")
+    p.add_argument("--tensorboard", action="store_true", help="tell TensorBoard the report")
 
 
 def _linear(args: argparse.Namespace) -> int:
@@ -152,11 +158,12 @@ def _linear(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.pages import linear_page
     from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     settings = LinearSettings(
         args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
     )
     found = probe_encoders(args.encoders, settings, args.out / "features", _say)
-    return _told(args, "linear", found, linear_page(found, versions("scikit-learn")))
+    return _told(args, tracking, "linear", found, linear_page(found, versions("scikit-learn")))
 
 
 def _alignment(args: argparse.Namespace) -> int:
@@ -164,9 +171,10 @@ def _alignment(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.pages import alignment_page
     from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
     found = align_encoders(args.encoders, settings, args.out / "features", _say)
-    return _told(args, "alignment", found, alignment_page(found, versions()))
+    return _told(args, tracking, "alignment", found, alignment_page(found, versions()))
 
 
 def _segmentation(args: argparse.Namespace) -> int:
@@ -174,13 +182,14 @@ def _segmentation(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.segment import SegmentationSettings, segment_encoders
     from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     settings = SegmentationSettings(
         args.train, args.test, args.classes, args.epochs, args.seeds, args.seed, args.feature_layer, args.batch
     )
     found = segment_encoders(args.encoders, settings, args.out / "features", _say)
     args.out.mkdir(parents=True, exist_ok=True)
     found.picture.save(args.out / "segmentation.png")
-    return _told(args, "segmentation", found, segmentation_page(found, versions()))
+    return _told(args, tracking, "segmentation", found, segmentation_page(found, versions()))
 
 
 def _gradcam(args: argparse.Namespace) -> int:
@@ -189,9 +198,10 @@ def _gradcam(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.gradcam_report import GradcamSettings
     from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
     found = gradcam_models(args.models, settings, args.out, _say)
-    return _told(args, "gradcam", found, gradcam_page(found, versions()))
+    return _told(args, tracking, "gradcam", found, gradcam_page(found, versions()))
 
 
 def _answers(args: argparse.Namespace) -> int:
@@ -199,8 +209,9 @@ def _answers(args: argparse.Namespace) -> int:
     from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
     from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     found = ask_models(args.models, TaskSettings(args.pairs, args.count))
-    return _told(args, "answers", found, answers_page(found, versions()))
+    return _told(args, tracking, "answers", found, answers_page(found, versions()))
 
 
 def _vqa(args: argparse.Namespace) -> int:
@@ -212,13 +223,29 @@ def _vqa(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(args: argparse.Namespace, name: str, found: Any, page: Page) -> int:
+def _tracking(args: argparse.Namespace) -> Tracking:
+    """Raises UserError where a tracker that is asked for could not be told, before any work is done."""
+    from pivot_megatron.config.check import tracking_problems
+    from pivot_megatron.config.schema import Tracking
+    from pivot_megatron.errors import UserError
+    from pivot_megatron.train.tracking import require_trackers
+
+    found = Tracking(args.wandb, args.project, args.tensorboard)
+    for problem in tracking_problems(found):
+        raise UserError(problem.replace("tracking.", "--", 1))
+    require_trackers(found)
+    return found
+
+
+def _told(args: argparse.Namespace, tracking: Tracking, name: str, found: Any, page: Page) -> int:
     from pivot_megatron.report.page import write_page
+    from pivot_megatron.report.tracked import track
 
     args.out.mkdir(parents=True, exist_ok=True)
     told = found.as_json(versions=page.versions)
     (args.out / f"{name}.json").write_text(told + "\n")
     write_page(page, args.out / "report.html")
+    track(page.title, tracking, args.out / "report.html", page, found.as_text(), found.figures())
     print(told if args.json else found.as_text())
     return 0
 

@@ -93,8 +93,7 @@ def _evolve(args: argparse.Namespace) -> int:
             for phase, file in zip(evolution.phases, evolution.write_runs(), strict=True):
                 print(f"{phase.name}\t{file}")
         elif args.judge:
-            result = evolution.judge(args.judge)
-            evolution.tell_judged()
+            result = evolution.judge_and_tell(args.judge)
             print(as_table([result]))
             evolution.require_gate(result)
         else:

@@ -18,7 +18,7 @@ def problems(config: RunConfig) -> list[str]:
         *_objective(config),
         *_checkpoints(config.checkpoints),
         *_faults(config.faults),
-        *_tracking(config.tracking),
+        *tracking_problems(config.tracking),
     ]
 
 
@@ -208,7 +208,8 @@ def _faults(faults: Faults) -> Iterator[str]:
             yield f"faults.{key}: must be positive, found {seconds}"
 
 
-def _tracking(tracking: Tracking) -> Iterator[str]:
+def tracking_problems(tracking: Tracking) -> Iterator[str]:
+    """A line a mistake, with its key."""
     project = tracking.project
     if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
         yield f"tracking.project: 1 to 128 characters, none of / \\ # ? % :, as wandb wants it, found {project!r}"

@@ -356,6 +356,11 @@ class Tracking(Strict):
     project: str = "pivot"
     tensorboard: bool = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether anyone is told."""
+        return self.wandb != "off" or self.tensorboard
+
 
 @dataclass(frozen=True)
 class RunConfig(Strict):

@@ -15,7 +15,7 @@ from pivot_megatron.probe.captions import CaptionSet
 from pivot_megatron.probe.features import Say, layer_features, silent
 from pivot_megatron.probe.language_model import require_language_model, text_features
 from pivot_megatron.probe.opening import opened, require_sources
-from pivot_megatron.probe.table import Score, as_json, as_table
+from pivot_megatron.probe.table import Score, as_json, as_table, figures
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class AlignmentReport:
 
     def as_json(self, **facts: Any) -> str:
         return as_json(self.settings, self.scores, chance=self.chance, **facts)
+
+    def figures(self) -> dict[str, float]:
+        return figures("mutual neighbours", self.scores)
 
     def as_text(self) -> str:
         return f"{as_table('mutual', self.scores)}\nchance, of one pair of layers: {100 * self.chance:.2f}"

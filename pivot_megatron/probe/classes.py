@@ -23,7 +23,7 @@ from pivot_megatron.probe.linear import (
     require_some_to_hold_out,
 )
 from pivot_megatron.probe.opening import opened, require_sources
-from pivot_megatron.probe.table import Score, as_json, as_table
+from pivot_megatron.probe.table import Score, as_json, as_table, figures
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class LinearReport:
 
     def as_json(self, **facts: Any) -> str:
         return as_json(self.settings, self.scores, classes=self.classes, test_images=self.test_images, **facts)
+
+    def figures(self) -> dict[str, float]:
+        return figures("accuracy", self.scores)
 
     def as_text(self) -> str:
         return as_table("accuracy", self.scores)

@@ -14,7 +14,7 @@ from pivot_megatron.probe.gradients import Place
 from pivot_megatron.probe.patch_grid import PatchGrid, Values
 from pivot_megatron.probe.questions import Question
 from pivot_megatron.probe.saliency import energy_inside, pointing_chance, points_inside
-from pivot_megatron.probe.table import Score, as_json, as_records, as_table
+from pivot_megatron.probe.table import Score, as_json, as_records, as_table, figures
 
 ObjectiveName = Literal["dpo", "sft"]
 Measure = Literal["energy", "pointing"]
@@ -93,6 +93,11 @@ class GradcamReport:
         pointing = as_records(self.scores("pointing"))
         energy = self.scores("energy")
         return as_json(self.settings, energy, measure="energy", pointing=pointing, samples=samples, **facts)
+
+    def figures(self) -> dict[str, float]:
+        if not self.boxed:
+            return {}
+        return figures("energy", self.scores("energy")) | figures("pointing", self.scores("pointing"))
 
     def as_text(self) -> str:
         told = f"boxes: {self.boxed} of {len(self.questions)} samples; figures: {self.out}"

@@ -21,7 +21,7 @@ from pivot_megatron.probe.opening import opened, require_sources
 from pivot_megatron.probe.patch_files import patch_sets
 from pivot_megatron.probe.patch_head import TrainedHead, kept_head
 from pivot_megatron.probe.patch_set import PatchSet
-from pivot_megatron.probe.table import Score, as_json, as_table
+from pivot_megatron.probe.table import Score, as_json, as_table, figures
 
 _PICTURED = 6
 _MEASURES = ("recall", "precision", "f1")
@@ -61,6 +61,9 @@ class SegmentationReport:
     def as_json(self, **facts: Any) -> str:
         facts |= {"train_images": self.train_images, "test_images": self.test_images}
         return as_json(self.settings, self.scores, **facts, classes=self.classes, unseen=self.unseen)
+
+    def figures(self) -> dict[str, float]:
+        return figures("macro recall", self.scores)
 
     def as_text(self) -> str:
         return as_table("macro recall", self.scores)

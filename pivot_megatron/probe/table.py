@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pivot_megatron.probe.interval import Interval, change_text, crossed_change, crossed_mean, wilson
+from pivot_megatron.report.facts import short_names
+
+_ODD = re.compile(r"[^-/\w.]+")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,24 @@ def against_first(scores: Sequence[Score]) -> list[tuple[float, Interval]]:
     return [
         (crossed_change if score.counted else crossed_mean)(score.values - scores[0].values) for score in scores[1:]
     ]
+
+
+def figures(measure: str, scores: Sequence[Score]) -> dict[str, float]:
+    """Shares for a tracker, by names that all trackers take: `MEASURE/ENCODER`, and of those after the first its difference as
+    `MEASURE/ENCODER-FIRST`, each with `_low` and `_high` where its interval has ends."""
+    names = short_names([score.encoder for score in scores])
+    found: dict[str, float] = {}
+    for name, score in zip(names, scores, strict=True):
+        found |= figure(f"{measure}/{name}", score.mean, score.interval)
+    for name, (mean, interval) in zip(names[1:], against_first(scores), strict=True):
+        found |= figure(f"{measure}/{name}-{names[0]}", mean, interval)
+    return found
+
+
+def figure(name: str, value: float, interval: Interval) -> dict[str, float]:
+    """One of `figures`."""
+    name = _ODD.sub("_", name)
+    return {name: value} | ({f"{name}_{end}": at for end, at in asdict(interval).items()} if interval.finite else {})
 
 
 def as_json(settings: object, scores: Sequence[Score], **facts: Any) -> str:

@@ -17,7 +17,7 @@ from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
-from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, members, variants
+from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, figures_of, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.held_out import read_held_out
 from pivot_megatron.recipe.run_facts import environment_facts, run_told
@@ -25,9 +25,11 @@ from pivot_megatron.recipe.run_once import StoppedError, export_once, recorded, 
 from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
 from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.page import write_page
+from pivot_megatron.report.tracked import track
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import write_atomically
+from pivot_megatron.train.tracking import require_trackers
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         raise UserError(f"--seeds: expected two or more that differ, found {', '.join(map(str, settings.seeds))}")
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
+    tracking = next(iter(configs.values())).tracking
+    require_trackers(tracking)
     require_sets(settings.probe)
     if settings.pairs is not None:
         read_held_out(settings.pairs)
@@ -80,6 +84,7 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions))
     page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
     write_page(page, settings.out / "report.html")
+    track(page.title, tracking, settings.out / "report.html", page, as_text(found), figures_of(found))
     print(as_text(found))
     return True
 

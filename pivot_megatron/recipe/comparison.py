@@ -11,7 +11,7 @@ from typing import Any
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import RunConfig, Sft
 from pivot_megatron.errors import UserError
-from pivot_megatron.probe.table import Score, against_first, as_records, as_table
+from pivot_megatron.probe.table import Score, against_first, as_records, as_table, figures
 from pivot_megatron.recipe.run_once import as_decided
 from pivot_megatron.train.checkpoint import NOTHING
 
@@ -128,6 +128,15 @@ def as_json(settings: Mapping[str, Any], measured: Sequence[Measured], **facts: 
         for one in measured
     ]
     return json.dumps({"settings": dict(settings), "measured": found, **facts}, indent=2, default=str) + "\n"
+
+
+def figures_of(measured: Sequence[Measured]) -> dict[str, float]:
+    """Shares for a tracker, as `figures` names them, by sample count and measure."""
+    found: dict[str, float] = {}
+    for one in measured:
+        for scores in (one.scores, one.variants):
+            found |= figures(f"{one.samples}/{one.measure}", scores)
+    return found
 
 
 def as_text(measured: Sequence[Measured]) -> str:

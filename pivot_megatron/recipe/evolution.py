@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pivot_megatron.probe.interval import Interval, change_text
-from pivot_megatron.probe.table import aligned
+from pivot_megatron.probe.table import aligned, figure
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,18 @@ class PhaseResult:
 
 def as_json(name: str, results: Sequence[PhaseResult], **facts: Any) -> str:
     return json.dumps({"name": name, "phases": [asdict(result) for result in results], **facts}, indent=2) + "\n"
+
+
+def figures(results: Sequence[PhaseResult]) -> dict[str, float]:
+    """Numbers for a tracker by name, `PHASE/FIGURE`; accuracies are shares."""
+    found: dict[str, float] = {}
+    for result in results:
+        own = {"steps": result.steps, "pairs": result.pairs, "loss": result.loss, "reward_margin": result.reward_margin}
+        found |= {f"{result.name}/{name}": value for name, value in own.items() if value is not None}
+        if (probed := result.probed) is not None:
+            found |= figure(f"{result.name}/accuracy", probed.accuracy, probed.interval)
+            found |= figure(f"{result.name}/difference", probed.difference, probed.difference_interval)
+    return found
 
 
 def table_rows(results: Sequence[PhaseResult]) -> list[tuple[str, ...]]:

@@ -11,14 +11,14 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 
 from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
-from pivot_megatron.config.schema import ParameterRule, RunConfig
+from pivot_megatron.config.schema import ParameterRule, RunConfig, Tracking
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import against_first
-from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table
+from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table, figures
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
 from pivot_megatron.recipe.run_once import (
@@ -33,9 +33,11 @@ from pivot_megatron.recipe.run_once import (
 )
 from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.page import write_page
+from pivot_megatron.report.tracked import track
 from pivot_megatron.requeue import StopRequests
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import read_metrics, write_atomically
+from pivot_megatron.train.tracking import require_trackers
 
 _LAST = 0.1  # of a run's steps, over which its loss is told
 
@@ -67,6 +69,7 @@ class Evolution:
     def run(self, processes: int | None, requests: StopRequests) -> bool:
         """Every phase that is not finished, in `processes` on this machine (one a GPU, or the layout's own, where it is None).
         False where one was asked to stop, which has saved. Raises RuleError where an encoder has fallen past a phase's gate."""
+        require_trackers(self._tracking)
         self.write_runs()
         results = []
         for n, phase in enumerate(self.phases):
@@ -77,8 +80,8 @@ class Evolution:
                 print(f"evolve: stopped in {phase.name}, which has saved; the same command goes on", file=sys.stderr)
                 return False
             results.append(self._judged_apart(phase, requests))
-            self._tell(results)
             self.require_gate(results[-1])
+        self._tell(results)
         print(as_table(results))
         return True
 
@@ -102,10 +105,13 @@ class Evolution:
         told = f"{facts_of(_finished(phase))['id']} {probe}"
         return phase.folder / f"judged-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
 
-    def tell_judged(self) -> None:
-        """The table and the page, of the phases that are judged so far."""
+    def judge_and_tell(self, name: str) -> PhaseResult:
+        """As `judge`, with the table and the page, of the phases that are judged so far."""
+        require_trackers(self._tracking)
+        result = self.judge(name)
         judged = takewhile(lambda phase: finished(phase.config) and self._record_of(phase).exists(), self.phases)
         self._tell([self.judge(phase.name) for phase in judged])
+        return result
 
     def require_gate(self, result: PhaseResult) -> None:
         most = self._named(result.name).most_fallen
@@ -119,7 +125,14 @@ class Evolution:
         page = evolution_page(self.schedule, self.phases, results)
         told = as_json(self.schedule.name, results, settings=page.settings, versions=page.versions)
         write_atomically(self.schedule.out / "evolution.json", told)
-        write_page(page, self.schedule.out / "report.html")
+        written = self.schedule.out / "report.html"
+        write_page(page, written)
+        track(self.schedule.name, self._tracking, written, page, as_table(results), figures(results))
+
+    @property
+    def _tracking(self) -> Tracking:
+        """That of the first phase's run."""
+        return self.phases[0].config.tracking
 
     def _named(self, name: str) -> Phase:
         for phase in self.phases:

@@ -15,7 +15,7 @@ from pivot_megatron.config.load import ConfigErrors, overridden, read_tree
 from pivot_megatron.config.schema import Component, Encoder, Projector, Strict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = ("features",)
+RESERVED = ("features", "wandb", "tensorboard")
 """Folders of a schedule that are no phase's."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.opening import require_safetensors
-from pivot_megatron.probe.table import Score, as_records, as_table
+from pivot_megatron.probe.table import Score, as_records, as_table, figures
 from pivot_megatron.recipe.answers import ExportedModel, answer_logprobs, greedy_answers
 from pivot_megatron.recipe.held_out import HeldOut, answer_scores, is_right, preference_scores, read_held_out
 
@@ -60,6 +60,9 @@ class TaskReport:
             by_task.setdefault(pair.task, []).append(found)
         columns = {task: f"{100 * sum(found) / len(found):.2f}" for task, found in by_task.items()}
         return Score(one.model, np.array([right], dtype=np.float64), columns, {"tasks": columns}, counted=True)
+
+    def figures(self) -> dict[str, float]:
+        return figures("answers", self.answers()) | figures("pairs", self.preferences())
 
     def as_text(self) -> str:
         parts = (

@@ -1,4 +1,4 @@
-"""TensorBoard: a run's metrics as event files."""
+"""TensorBoard: a run's metrics, or reports, as event files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pivot_megatron.train.tracking import Held
+from pivot_megatron.train.tracker import Held, Subject
 
 
 class TensorBoardTracker:
@@ -16,20 +16,21 @@ class TensorBoardTracker:
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path, described: Mapping[str, str], done: int) -> None:
-        """`described`: texts of what the run is, by name. `done`: the steps that the run goes on from: what was written of later
-        ones is marked to be left out by whoever reads. Raises OSError where `folder` cannot be made."""
+    def __init__(self, subject: Subject) -> None:
+        """What was written of steps past those that the subject goes on from is marked to be left out by whoever reads. Raises
+        OSError where the folder cannot be made."""
+        folder = subject.folder / "tensorboard"
         self._state = Held(folder, "")
-        self.held = min(done, self._state.step)
+        self.held = min(subject.done, self._state.step)
         self._writer = SummaryWriter(str(folder), purge_step=self.held + 1)
-        for name, text in described.items():
-            # Indented by four, a text is code to TensorBoard's Markdown.
-            self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), self.held)
+        for name, text in subject.described.items():
+            self._writer.add_text(name, _code(text), self.held)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, str):
-                self._writer.add_text(name, value, step)
+            if isinstance(value, str | Path):
+                text = str(value)
+                self._writer.add_text(name, _code(text) if "\n" in text else text, step)
             else:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -37,3 +38,8 @@ class TensorBoardTracker:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _code(text: str) -> str:
+    """Indented by four, a text is code to TensorBoard's Markdown."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

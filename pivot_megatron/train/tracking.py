@@ -1,38 +1,22 @@
-"""Trackers: every line of a run's metrics.jsonl to wandb and TensorBoard, which can neither end a run nor hold it up."""
+"""Trackers: every line of a run's metrics.jsonl, or of reports, to wandb and TensorBoard, which can neither end nor hold up."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from pivot_megatron.config.schema import RunConfig, Tracking
 from pivot_megatron.errors import UserError
-from pivot_megatron.train.run_folder import RunFolder, read_metrics, write_atomically
+from pivot_megatron.train.run_folder import RunFolder, read_metrics
+from pivot_megatron.train.tracker import SECONDS_TO_FINISH, SECONDS_TO_START, Subject, Tracker
 
-SECONDS_TO_START = 60.0
-SECONDS_TO_FINISH = 30.0
-"""What is not uploaded when a run has ended, or is stopped, waits for so long; it stays in the run's folder."""
 _GRACE = 15.0  # for a tracker that keeps to its own time
-
-
-class Tracker(Protocol):
-    """`held`: the last step that it has already, of this run or of one that was broken off."""
-
-    name: str
-    held: int
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """`values`: numbers, booleans and texts by name, without those that are null. Steps only rise."""
-
-    def close(self, failed: bool) -> None:
-        """Once, after the last step. `failed`: whether the run ended by an error."""
 
 
 def require_trackers(tracking: Tracking) -> None:
@@ -63,9 +47,15 @@ class Trackers:
         Raises UserError where one does not start.
         """
         folder = RunFolder(config)
-        for tracker in _opened(config, folder):
-            self._followers.append(Follower(tracker, self._run))
-        for line in read_metrics(config.out) if self._followers and folder.metrics.exists() else ():
+        seconds = min(SECONDS_TO_START, config.faults.seconds_for_files / 4)
+        described, done = folder.described(), folder.last_step()
+        subject = Subject(config.name, config.out, config.tracking, described, folder.metrics.name, done, seconds)
+        self.follow(subject, partial(read_metrics, config.out) if folder.metrics.exists() else list)
+
+    def follow(self, subject: Subject, lines: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """As `open` does, of any subject. `lines`: those that there are."""
+        self._followers += [Follower(tracker, self._run, lines=subject.lines) for tracker in _opened(subject)]
+        for line in lines() if self._followers else ():
             self.log(line)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -85,18 +75,18 @@ class Trackers:
             follower.wait()
 
 
-def _opened(config: RunConfig, folder: RunFolder) -> list[Tracker]:
+def _opened(subject: Subject) -> list[Tracker]:
     """Each module is imported only where its tracker is asked for."""
     trackers: list[Tracker] = []
     try:
-        if config.tracking.wandb != "off":
+        if subject.tracking.wandb != "off":
             from pivot_megatron.train.track_wandb import WandbTracker
 
-            trackers.append(WandbTracker(config, folder.described()))
-        if config.tracking.tensorboard:
+            trackers.append(WandbTracker(subject))
+        if subject.tracking.tensorboard:
             from pivot_megatron.train.track_tensorboard import TensorBoardTracker
 
-            trackers.append(TensorBoardTracker(config.out / "tensorboard", folder.described(), folder.last_step()))
+            trackers.append(TensorBoardTracker(subject))
     except OSError as error:
         raise UserError(
             f"tracking: cannot write to {error.filename} ({error.strerror}); choose another folder"
@@ -105,9 +95,16 @@ def _opened(config: RunConfig, folder: RunFolder) -> list[Tracker]:
 
 
 class Follower:
-    """A tracker on a thread of its own."""
+    """A tracker on a thread of its own. `lines`: the file that has every line whatever becomes of it."""
 
-    def __init__(self, tracker: Tracker, run: str, seconds_to_finish: float = SECONDS_TO_FINISH + _GRACE) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        run: str,
+        seconds_to_finish: float = SECONDS_TO_FINISH + _GRACE,
+        lines: str = "metrics.jsonl",
+    ) -> None:
+        self._file = lines
         self._tracker = tracker
         self._run = run
         self._seconds = seconds_to_finish
@@ -130,19 +127,19 @@ class Follower:
         """For what is left, so long as it may take."""
         self._thread.join(self._seconds)
         if self._thread.is_alive():
-            self._say(f"has not finished after {self._seconds:g} s and is left; metrics.jsonl has every line")
+            self._say(f"has not finished after {self._seconds:g} s and is left; {self._file} has every line")
         elif self._lost:
-            self._say(f"{self._lost} of {self._given} lines were not taken; metrics.jsonl has them")
+            self._say(f"{self._lost} of {self._given} lines were not taken; {self._file} has them")
 
     def _follow(self) -> None:
         while not isinstance(line := self._lines.get(), bool):
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
             try:
                 self._tracker.log(line["step"], values)
-            except Exception as error:  # whatever it is: training is not to end for it
+            except Exception as error:  # whatever it is: nothing is to end for it
                 self._lost += 1
                 if self._lost == 1:
-                    self._say(f"step {line['step']} was not taken ({_told(error)}); training goes on")
+                    self._say(f"step {line['step']} was not taken ({_told(error)}); going on")
         try:
             self._tracker.close(failed=line)
         except Exception as error:
@@ -154,25 +151,3 @@ class Follower:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-
-
-class Held:
-    """What a tracker was given, beside its own files: its run's id, and the last step."""
-
-    def __init__(self, folder: Path, new_id: str) -> None:
-        """Raises OSError where the folder cannot be made, UserError where the file is not one of these."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "held.json"
-        new: dict[str, Any] = {"id": new_id, "step": 0}
-        try:
-            found = json.loads(self._path.read_text()) if self._path.exists() else new
-            self.id, self.step = str(found["id"]), int(found["step"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"tracking: {self._path}: expected an id and a step, found something else; remove it, and the tracker begins anew"
-            ) from None
-        self.up_to(self.step)
-
-    def up_to(self, step: int) -> None:
-        self.step = step
-        write_atomically(self._path, json.dumps({"id": self.id, "step": step}) + "\n")

@@ -14,13 +14,16 @@ from pivot_megatron.cli import main
 from pivot_megatron.data_prep.synthetic import write_pairs
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score
-from pivot_megatron.recipe import run_once
+from pivot_megatron.recipe import compare, run_once
 from pivot_megatron.recipe.comparison import Measured, as_text, members, variants
+from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import read_metrics
+from pivot_megatron.train.tracking import require_trackers
 from tests.dist.runs import config_tree
 from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
 from tests.harness import Workers
 from tests.html_page import whole_page
+from tests.unit.test_tracking import Fake
 
 
 def write_run(world: Path, folder: Path, name: str, **changes: Any) -> Path:  # noqa: F811
@@ -95,6 +98,12 @@ def test_the_command(
         for name in ("dpo", "dpo-sft")
     ]
     assert keys[0] == keys[1] and keys[2] == keys[3] and keys[0] != keys[2]  # the same samples in the same order
+    fake, set_there = Fake(), words.index("optimizer.learning_rate=1e-2")
+    monkeypatch.setattr(tracking, "_opened", lambda _: [fake])
+    monkeypatch.setattr(compare, "require_trackers", lambda asked: None if asked.tensorboard else pytest.fail("not asked"))
+    assert main([*words[:set_there], "tracking.tensorboard=true", *words[set_there:]]) == 0
+    assert fake.calls[0][1]["all_samples/encoder_s_accuracy/dpo"] == dpo["mean"]
+    monkeypatch.setattr(compare, "require_trackers", require_trackers)
     answers_files = list((tmp_path / "out").rglob("answers-*.json"))
     assert len(answers_files) == 4 and main(words) == 0 and len(launcher.runs) == 4
     assert main([*words, "--set", "optimizer.learning_rate=1e-3"]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -17,7 +18,7 @@ import yaml
 from PIL import Image
 
 from pivot_megatron.cli import main
-from pivot_megatron.config.schema import Layout
+from pivot_megatron.config.schema import Layout, Tracking
 from pivot_megatron.convert.tiny_checkpoints import make_head
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.errors import RuleError
@@ -25,10 +26,12 @@ from pivot_megatron.probe.interval import Interval
 from pivot_megatron.recipe import evolve, run_once
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
 from pivot_megatron.requeue import StopRequests, mark_path
+from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree, make_world, train_at
 from tests.harness import Workers
 from tests.html_page import whole_page
+from tests.unit.test_tracking import Fake
 
 FREEZE = [{"match": "encoder.*", "rate": "frozen"}]
 
@@ -276,3 +279,25 @@ def test_evolve_starts_its_processes_itself(monkeypatch: pytest.MonkeyPatch, cap
     assert "evolve: expected to be started alone, for it starts the processes of its runs itself" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main(["evolve", "none.yaml"]) == 2 and "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_trackers_are_told_of_a_new_report(
+    world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = one_trained(world, tmp_path, workers)
+    fake = Fake()
+    monkeypatch.setattr(tracking, "_opened", lambda _: [fake])
+    monkeypatch.setattr(run_once, "launch", Launcher(workers))
+    asked: list[Tracking] = []
+    monkeypatch.setattr(evolve, "require_trackers", asked.append)
+    words = ["evolve", str(file), "every.tracking.tensorboard=true"]
+    assert main(words) == 0 and main(words) == 0
+    (step, values), _ = fake.calls  # the second time it is the same
+    told = json.loads((tmp_path / "out" / "evolution.json").read_text())["phases"][0]
+    assert step == 1 and values["dpo/accuracy"] == told["probed"]["accuracy"] and values["dpo/loss"] == told["loss"]
+    assert values["report"] == tmp_path / "out" / "report.html" and "against the phase's start" in values["table"]
+    assert set(asked) == {Tracking(tensorboard=True)}
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main([*words, f"out={tmp_path / 'new'}"]) == 2 and not (tmp_path / "new").exists()
+    assert "tracking.tensorboard: expected the package tensorboard" in capsys.readouterr().err

@@ -121,6 +121,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "two of a name": (["phases.1.name=align-a"], "phases.1.name: expected a name of its own, found 'align-a' twice"),
     "a name that is a path": (["phases.1.name=../x"], "phases.1.name: expected letters, digits, dots and dashes"),
     "a name that is taken": (["phases.1.name=features"], "phases.1.name: expected letters"),
+    "a name that is a tracker's": (["phases.1.name=wandb"], "phases.1.name: expected letters"),
     "a gate without a probe": (
         ["phases.1.most_fallen=0.1"],
         "phases.1.most_fallen: expected a share of 0 or more, and a",

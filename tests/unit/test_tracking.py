@@ -24,7 +24,8 @@ from pivot_megatron.config.schema import RunConfig, Tracking
 from pivot_megatron.errors import UserError
 from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import RunFolder, read_metrics
-from pivot_megatron.train.tracking import Follower, Held, Trackers, require_trackers
+from pivot_megatron.train.tracker import Held, Subject
+from pivot_megatron.train.tracking import Follower, Trackers, require_trackers
 from tests.unit.test_config import VALID
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the tracking extra: wandb")
@@ -109,7 +110,7 @@ def test_a_tracker_that_fails_is_told_once_and_counted(capsys: pytest.CaptureFix
     follower.wait()
     assert [call[0] for call in fake.calls] == [1, 2, 3, 4, 5, "closed"]
     assert capsys.readouterr().err.splitlines() == [
-        "r: tracking.fake: step 1 was not taken (ConnectionError: gone for good); training goes on",
+        "r: tracking.fake: step 1 was not taken (ConnectionError: gone for good); going on",
         "r: tracking.fake: 3 of 5 lines were not taken; metrics.jsonl has them",
     ]
 
@@ -329,10 +330,15 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def wandb_history(run: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(step, values) of every offline session of a run, oldest first."""
+    """(step, values) of every offline session of a run that has ended, oldest first. Their last records may come to the files
+    after the call that ends a session has returned."""
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     rows = []
     for file in files:
+        deadline = time.monotonic() + 30
+        while not any(one.WhichOneof("record_type") == "exit" for one in wandb_records(file)):
+            assert time.monotonic() < deadline, f"{file}: no end"
+            time.sleep(0.1)
         for record in wandb_records(file):
             if record.WhichOneof("record_type") == "history":
                 items = {
@@ -377,7 +383,8 @@ def test_wandb_without_a_server_goes_on_offline(
     folder = begun(config)
     require_trackers(config.tracking)
     began = time.monotonic()
-    tracker = WandbTracker(config, folder.described(), seconds=2)
+    described, lines = folder.described(), folder.metrics.name
+    tracker = WandbTracker(Subject(config.name, config.out, config.tracking, described, lines, 0, seconds=2))
     tracker.log(1, LINE)
     tracker.close(failed=False)
     assert time.monotonic() - began < 60

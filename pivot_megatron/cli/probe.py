@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def add(verb: Verb, verbs: Groups) -> None:
     group = verbs.add_parser("probe", help="what an encoder sees").add_subparsers(required=True, metavar="WHAT")
+    for add_one in (_add_linear, _add_alignment, _add_segmentation, _add_gradcam, _add_answers, _add_vqa):
+        add_one(verb, group)
+
+
+def _add_linear(verb: Verb, group: Groups) -> None:
     p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
     _encoders(p)
     p.add_argument(
@@ -31,6 +36,9 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
     _features(p)
     _results(p, "linear")
+
+
+def _add_alignment(verb: Verb, group: Groups) -> None:
     p = verb("alignment", _alignment, "how alike an encoder and a language model see images and their captions", group)
     _encoders(p)
     p.add_argument("--llm", type=Path, required=True, help="Hugging Face language model with its tokenizer")
@@ -49,6 +57,9 @@ def add(verb: Verb, verbs: Groups) -> None:
     )
     p.add_argument("--batch", type=int, default=64, help="images or captions that pass a model at once (default: 64)")
     _results(p, "alignment")
+
+
+def _add_segmentation(verb: Verb, group: Groups) -> None:
     p = verb(
         "segmentation", _segmentation, "which classes each patch shows, by a small head over patch features", group
     )
@@ -66,6 +77,9 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--seed", type=int, default=777, help="of the first head (default: 777)")
     _features(p)
     _results(p, "segmentation")
+
+
+def _add_gradcam(verb: Verb, group: Groups) -> None:
     p = verb("gradcam", _gradcam, "where a preference's gradient falls on an image, model beside model", group)
     p.add_argument(
         "models",
@@ -92,6 +106,9 @@ def add(verb: Verb, verbs: Groups) -> None:
     p.add_argument("--rate", type=float, default=1e-5, help="of learning in those steps (default: 1e-5)")
     p.add_argument("--at", choices=("input", "output"), default="input", help="side of the projector (default: input)")
     _results(p, "gradcam")
+
+
+def _add_answers(verb: Verb, group: Groups) -> None:
     p = verb(
         "answers", _answers, "answers to held-out questions, and preferences between two, model beside model", group
     )
@@ -110,6 +127,9 @@ def add(verb: Verb, verbs: Groups) -> None:
     )
     p.add_argument("--count", type=int, help="pairs, the first there are (default: all)")
     _results(p, "answers")
+
+
+def _add_vqa(verb: Verb, group: Groups) -> None:
     p = verb("vqa", _vqa, "the paper's table of 16 benchmarks, from lmms-eval's results", group)
     p.add_argument(
         "results",

@@ -20,7 +20,7 @@ from pivot_megatron.recipe.evolution import PhaseResult, Probed
 from pivot_megatron.recipe.evolution import figures as evolution_figures
 from pivot_megatron.report.page import Page
 from pivot_megatron.report.tracked import track
-from pivot_megatron.train import tracking
+from pivot_megatron.train import tracker, tracking
 from tests.unit.test_probe_linear import encoders, write_set  # noqa: F401  (a fixture)
 from tests.unit.test_tracking import Fake, events, needs_tensorboard, needs_wandb, single, wandb_history
 
@@ -29,9 +29,9 @@ PAGE = Page("Title", "Lead.", [], {"draws": "3"}, {"torch": "2"})
 
 def test_a_report_is_told_where_asked_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes: list[Fake] = []
-    subjects: list[tracking.Subject] = []
+    subjects: list[tracker.Subject] = []
 
-    def opened(subject: tracking.Subject) -> list[Fake]:
+    def opened(subject: tracker.Subject) -> list[Fake]:
         subjects.append(subject)
         fakes.append(Fake(held=len(fakes)))
         return fakes[-1:]

@@ -159,7 +159,10 @@ def fitted(samples: Sequence[Sample]) -> Roofline:
         return np.log((start + np.maximum(flops / rate, traffic / bandwidth)) / seconds)
 
     begin = np.log([float(np.max(flops / seconds)), float(np.max(traffic / seconds)), float(np.min(seconds)) / 4])
-    rate, bandwidth, start = np.exp(least_squares(residuals, begin, loss="soft_l1", f_scale=0.1).x)
+    most = [np.inf, np.inf, float(np.log(np.min(seconds)))]  # nothing starts later than it ends
+    rate, bandwidth, start = np.exp(
+        least_squares(residuals, begin, bounds=(-np.inf, most), loss="soft_l1", f_scale=0.1).x
+    )
     return Roofline(float(rate), float(bandwidth), float(start))
 
 

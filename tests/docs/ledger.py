@@ -152,6 +152,18 @@ ELSEWHERE = {
     "model.encoder.checkpoint=runs/tiny/evolve/learn-small/run model.llm.checkpoint=runs/tiny/evolve/learn-small/run "
     "model.projector.checkpoint=runs/tiny/evolve/learn-small/run data.shards=[runs/tiny/data/pairs] --train runs/tiny/data/scenes/train "
     "--test runs/tiny/data/scenes/test": "tests/dist/test_compare.py::test_the_command",
+    "pivot bench layouts --shape body": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
+    "pivot bench layouts --shape body --processes 2": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
+    "pivot bench layouts RUN.yaml": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
+    "pivot bench layouts configs/run/2_dpo.yaml --processes 8": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
+    "pivot bench layouts RUN.yaml configs/layout/tp1.yaml configs/layout/tp2.yaml --rounds 3 --steps 5 --no-data "
+    "batch.micro_tokens=4096": "tests/dist/test_layouts.py::test_one_batch_again_and_again",
+    "docker/install.sh dependencies ~/pivot image": (
+        "tests/package/test_install.py::test_torch_is_the_images_own_and_the_rest_is_pinned"
+    ),
+    "docker/install.sh project ~/pivot": (
+        "tests/package/test_install.py::test_what_runs_is_the_folder_that_a_checkout_may_be_mounted_on"
+    ),
     "pivot bench peers --shape vocabulary": "tests/parity/test_trl.py::test_first_steps_equal_trl",
     "pivot data inspect shards/mine --sheet page.html --tokenizer checkpoints/Qwen2.5-1.5B-Instruct": (
         "tests/docs/test_examples.py::test_a_data_set_is_added"
@@ -168,6 +180,12 @@ ELSEWHERE = {
 NOT_RUN = {
     "make test": "is what runs this",
     "source .venv/bin/activate": "an environment's own script",
+    "source ~/pivot/bin/activate": "an environment's own script",
+    **{
+        f"PIVOT_ENV=launch/env/{env}.sh PIVOT_IMAGE=/shared/pivot.{image} PIVOT_MOUNTS={mounts} sbatch --nodes=2 --gpus-per-node=8 "
+        "--ntasks-per-node=8 launch/pivot_dpo.sh configs/run/2_dpo.yaml": "containers on a cluster"
+        for env, image, mounts in (("apptainer", "sif", "/data"), ("pyxis", "sqsh", "/data:/data"))
+    },
     "pip install --no-deps -e .": "would change the environment that runs this",
     "pip install -c constraints.txt transformers tokenizers safetensors pillow pydantic pyyaml webdataset pyarrow psutil tqdm "
     "scikit-learn matplotlib jinja2": "would change the environment that runs this",
@@ -179,5 +197,5 @@ NOT_RUN = {
     "configs/run/2_dpo.yaml layout.tensor=2 layout.pipeline=2": "two nodes of eight GPUs",
     "python -m venv lmms": "lmms-eval and its questions come from the network",
 }
-NOT_RUN_PROGRAMS = {"lmms/bin/pip", "lmms/bin/python", "lmms/bin/accelerate"}
-"""Of lmms-eval's environment, which is not here."""
+NOT_RUN_PROGRAMS = {"lmms/bin/pip", "lmms/bin/python", "lmms/bin/accelerate", "docker", "enroot", "apptainer"}
+"""Of lmms-eval's environment, which is not here, and of containers: their images' steps are run by tests/package."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from pivot_megatron.config.schema import Layout, Precision
@@ -33,7 +33,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return float(sum(astuple(self)))
+        return float(sum(vars(self).values()))
 
 
 def weight_bytes(precision: Precision) -> int:

@@ -17,15 +17,17 @@ from pivot_megatron.model.composition import Architecture
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.plan.estimate import Subject
 from pivot_megatron.plan.hardware import assumed_lengths, known_architecture
-from pivot_megatron.plan.workload import Lengths
+from pivot_megatron.plan.workload import Lengths, Samples
 from pivot_megatron.runtime.fp8 import token_multiple
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None where nobody knows."""
+    """`model`: its parts' names. `lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None where
+    nobody knows."""
 
     subject: Subject
+    model: str
     lengths: str
     count: int | None
 
@@ -34,7 +36,8 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
     """`encoder`, `head`: names of models.yaml that stand in for the run's own, both or none. `samples`: of an epoch, where the
     run's data are not here. Raises UserError where the model is neither named nor here."""
     arch = _architecture(config, encoder, head)
-    found, count = _measured(config) or (None, None)
+    # Of other models than the run's, its tokenizer and images say nothing.
+    found, count = (_measured(config) if encoder is None else None) or (None, None)
     lengths = found or _assumed(config, arch)
     count = count if samples is None else samples
     batch = config.batch
@@ -48,13 +51,14 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
         recompute=config.recompute,
         rules=config.parameters,
         batch=batch,
-        samples=tuple(islice(cycle(lengths), batch.global_size)),
+        samples=Samples(islice(cycle(lengths), batch.global_size)),
         steps=steps,
         reference=count / batch.global_size if cached and count else 0.0,
         online=online,
         token_multiple=max(PACK_MULTIPLE, token_multiple(fp8.recipe if fp8 else None)),
     )
-    return Planned(subject, "measured on the run's own data" if found else "assumed, see hardware.yaml", count)
+    told = "measured on the run's first batch" if found else "assumed in hardware.yaml, each behind one square image"
+    return Planned(subject, f"{encoder or arch.encoder.family} + {head or arch.head.family}", told, count)
 
 
 def _architecture(config: RunConfig, encoder: str | None, head: str | None) -> Architecture:

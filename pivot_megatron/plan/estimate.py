@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import gcd
 
 from pivot_megatron.config.schema import Batch, Layout, ParameterRule, Precision, Recompute
 from pivot_megatron.data.build import PACK_MULTIPLE
@@ -24,9 +25,9 @@ from pivot_megatron.plan.workload import Lengths, Pack
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned. `samples`: lengths of a global batch. `steps` of the run, 0 where it is not known how many; `reference`:
-    global batches that a frozen reference sees beforehand, once. `online`: it runs in every step instead. `token_multiple`:
-    what a tensor-parallel rank's tokens are padded to."""
+    """What is planned. `samples`: lengths of a global batch, or, `times` over, of a larger one. `steps` of the run, 0 where it is
+    not known how many; `reference`: global batches that a frozen reference sees beforehand, once. `online`: it runs in every
+    step instead. `token_multiple`: what a tensor-parallel rank's tokens are padded to."""
 
     arch: Architecture
     precision: Precision
@@ -38,6 +39,7 @@ class Subject:
     reference: float = 0.0
     online: bool = False
     token_multiple: int = PACK_MULTIPLE
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,7 @@ class Estimate:
     @property
     def model(self) -> Model:
         subject = self.subject
-        return Model(
-            subject.arch, self.layout, subject.precision, subject.recompute, self.machine.transformer_engine
-        )
+        return Model(subject.arch, self.layout, subject.precision, subject.recompute, self.machine.transformer_engine)
 
     def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
         return tuple(chunk for chunk in chunks(self.subject.arch.head.layers, self.layout) if chunk.stage == stage)
@@ -116,12 +116,12 @@ class Estimate:
 
     @property
     def pairs_a_second(self) -> float:
-        return len(self.subject.samples) / self.step_seconds
+        return self.subject.times * len(self.subject.samples) / self.step_seconds
 
     @property
     def tokens_a_second(self) -> float:
         """As packs have them, prefixes once."""
-        return sum(sample.tokens for sample in self.subject.samples) / self.step_seconds
+        return self.subject.times * sum(sample.tokens for sample in self.subject.samples) / self.step_seconds
 
     @property
     def utilisation(self) -> float:
@@ -251,8 +251,11 @@ def _weights(arch: Architecture, tensor: int, chunk: Chunk, rules: tuple[Paramet
 
 
 def busiest_packs(subject: Subject, layout: Layout, data_parallel: int) -> tuple[Pack, ...]:
-    """As the loader packs them, of the rank that gets the most work."""
-    ranks = _packed(subject.arch, subject.batch, subject.samples, data_parallel, layout.micro_batch_multiple)
+    """As the loader packs them, of the rank that gets the most work. Of a batch that is one several times over, replicas that
+    share it out alike are packed once."""
+    alike = gcd(subject.times, data_parallel)
+    samples = subject.samples * (subject.times // alike)
+    ranks = _packed(subject.arch, subject.batch, samples, data_parallel // alike, layout.micro_batch_multiple)
     multiple = layout.tensor * subject.token_multiple
     return tuple(Pack(samples, multiple) for samples in ranks)
 

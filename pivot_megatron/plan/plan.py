@@ -43,8 +43,8 @@ def plan(subject: Subject, own: Layout, gpus: int, machine: Machine) -> Plan:
     found = list(layouts(subject.arch, subject.precision, own, gpus, machine.devices_a_node, samples))
     if not found:
         raise UserError(
-            f"--gpus: expected a number of devices that some layout cuts this model over, with a global batch of {samples}, found "
-            f"{gpus}; try a power of two, or raise batch.global_size"
+            f"--gpus: expected a number of devices that some layout cuts this model over, with a global batch of {samples}, "
+            f"found {gpus}; try a power of two, or raise batch.global_size"
         )
     return Plan(machine, gpus, tuple(sorted((_fastest(subject, layout, gpus, machine) for layout in found), key=_rank)))
 
@@ -64,9 +64,7 @@ def plan_one(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> P
 
 def recomputing(found: Estimate) -> dict[str, Estimate]:
     """The same with each of `MODES`."""
-    return {
-        mode: estimate(_with(found.subject, mode, 1.0), found.layout, found.gpus, found.machine) for mode in MODES
-    }
+    return {mode: estimate(_with(found.subject, mode, 1.0), found.layout, found.gpus, found.machine) for mode in MODES}
 
 
 def _require_rates(machine: Machine, precision: Precision) -> None:

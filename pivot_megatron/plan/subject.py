@@ -17,14 +17,14 @@ from pivot_megatron.model.composition import Architecture
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.plan.estimate import Subject
 from pivot_megatron.plan.hardware import assumed_lengths, known_architecture
-from pivot_megatron.plan.workload import Lengths, Samples
+from pivot_megatron.plan.workload import Lengths
 from pivot_megatron.runtime.fp8 import token_multiple
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`model`: its parts' names. `lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None where
-    nobody knows."""
+    """`model`: its parts' names. `lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None
+    where nobody knows."""
 
     subject: Subject
     model: str
@@ -51,7 +51,7 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
         recompute=config.recompute,
         rules=config.parameters,
         batch=batch,
-        samples=Samples(islice(cycle(lengths), batch.global_size)),
+        samples=tuple(islice(cycle(lengths), batch.global_size)),
         steps=steps,
         reference=count / batch.global_size if cached and count else 0.0,
         online=online,

@@ -24,7 +24,7 @@ def facts(planned: Planned, plan: Plan) -> dict[str, str]:
     subject, machine = planned.subject, plan.machine
     return {
         "model": f"{planned.model}: {_sizes(subject)}",
-        "machine": f"{plan.gpus} x {machine.name}, {machine.devices_a_node} a node, {machine.memory / GIB:.1f} GiB of each usable",
+        "machine": f"{plan.gpus} x {machine.name}, {machine.devices_a_node} a node, {machine.memory / GIB:.1f} GiB usable",
         "source": machine.source,
         "samples": f"{subject.batch.global_size} a step, {_tokens(subject)}; {planned.lengths}",
         "steps": _steps(planned),

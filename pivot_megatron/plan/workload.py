@@ -36,17 +36,6 @@ class Lengths:
         return (whole, whole), *((branch, self.prefix + branch) for branch in others)
 
 
-class Samples(tuple[Lengths, ...]):
-    """Many, often looked up by: their hash is counted once."""
-
-    @cached_property
-    def _hash(self) -> int:
-        return super().__hash__()
-
-    def __hash__(self) -> int:
-        return self._hash
-
-
 @dataclass(frozen=True)
 class Pack:
     """One micro-batch: `samples` one after another, then padding to a multiple of `multiple` tokens."""

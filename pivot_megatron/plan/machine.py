@@ -102,7 +102,7 @@ def read_machine(path: Path) -> Machine:
         tree = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {error}"
+            f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {' '.join(str(error).split())}"
         ) from None
     return machine_of(tree, str(path))
 

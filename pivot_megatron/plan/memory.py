@@ -96,12 +96,17 @@ def kept_bytes(
     layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: Literal["none", "selective", "full"]
 ) -> float:
     """What one layer keeps for its backward pass: its input alone, if it is made anew; else the inputs of norms, products and
-    activation, and queries, keys, values and output of attention."""
+    activation, and queries, keys, values and output of attention. Where attention is made anew it keeps what came out of qkv,
+    of which grouped queries are a copy."""
     stream = _stream(layer, numbers, tokens)
     if mode == "full":
         return stream
     query, key = layer.query_width(numbers.tensor), layer.key_width(numbers.tensor)
-    attention = tokens * query * (2.0 if mode == "selective" else 3.0) + keys * key * 2.0
+    if mode == "selective":
+        copied = query if layer.groups < layer.heads else 0
+        attention = float(tokens * (query + (query + 2 * key) + copied))
+    else:
+        attention = tokens * query * 3.0 + keys * key * 2.0
     return 4 * stream + numbers.size * (attention + tokens * _mlp_width(layer, numbers.tensor))
 
 

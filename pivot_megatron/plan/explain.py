@@ -78,6 +78,7 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
     alive = in_flight(found.layout, stage, len(found.packs))
     vision = numbers_of(subject.precision, "encoder", found.layout.tensor, found.machine.transformer_engine)
     images, places = pack.images(subject.arch.encoder.places)
+    kept = subject.arch.encoder_layers if any(w.encoder for w in one.weights) else 0  # a frozen encoder keeps nothing
     seen = kept_bytes(encoder_layer(subject.arch.encoder), vision, places, places, subject.recompute.encoder)
     first = stage == 0
     how = {
@@ -86,7 +87,7 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
         "optimizer": f"{one.trained:,} trained x {8 if size == 4 else 12} bytes / {replicas} replicas",
         "activations": f"{one.layers} layers x {_mib(head)} MiB a layer ({subject.recompute.llm}) of {pack.tokens:,} tokens x "
         f"{alive:g} micro-batches in flight, and what stands between stages",
-        "encoder": f"{subject.arch.encoder_layers} layers x {_mib(seen)} MiB a layer ({subject.recompute.encoder}) of "
+        "encoder": f"{kept} layers x {_mib(seen)} MiB a layer ({subject.recompute.encoder}) of "
         f"{images} images, {places:,} places x {min(alive, len(found.packs)):g} in flight, projector and pixels"
         if first
         else "none on this stage",

@@ -65,7 +65,8 @@ def stage_memory(
     if last:  # what its last layer keeps past its attention is of answers alone
         unwanted = pack.tokens - pack.scored
         activations += kept - _past_attention(head, numbers, unwanted, model.recompute.llm)
-    encoder, vision_working = _vision(model, pack, min(alive, micro_batches)) if chunks[0].first else (0.0, 0.0)
+    trains = any(w.encoder for w in weights)
+    encoder, vision_working = _vision(model, pack, min(alive, micro_batches), trains) if chunks[0].first else (0.0, 0.0)
     working = max(
         _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if sum(layers) else 0.0, vision_working
     )
@@ -136,8 +137,8 @@ def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: 
     return gradients + gathered + again
 
 
-def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
-    """(kept, working) bytes of encoder and projector."""
+def _vision(model: Model, pack: Pack, alive: float, trains: bool) -> tuple[float, float]:
+    """(kept, working) bytes of encoder and projector. A frozen encoder has no backward pass to keep anything for."""
     arch, tensor = model.arch, model.layout.tensor
     numbers = numbers_of(model.precision, "encoder", tensor, model.fused)
     layer, (images, places) = encoder_layer(arch.encoder), pack.images(arch.encoder.places)
@@ -145,6 +146,8 @@ def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
     pixels = 4.0 * images * 3 * arch.encoder.image_size**2
     # The projector's input, its activation's input and output, and its own output, whole.
     projector = numbers.size * places * (arch.encoder.hidden / tensor + (2 / tensor + 1) * arch.head.hidden)
+    if not trains:
+        return alive * projector + pixels, 0.0
     working = _working(layer, numbers, places, places, model.recompute.encoder)
     return alive * (kept * arch.encoder_layers + projector) + pixels, working
 

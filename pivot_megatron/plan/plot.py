@@ -18,16 +18,15 @@ _COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c", "#
 
 def write_plan_plot(estimates: Sequence[Estimate], path: Path) -> None:
     """Stacked bars, one a layout: seconds of a step, and memory of the fullest stage beside what is usable."""
-    figure, (time, memory) = _figure(2, 3.6)
-    names = [f"{e.layout.tensor} x {e.layout.pipeline} x {e.data_parallel}" for e in estimates]
+    figure, (time, memory) = _figure(2, 3.8)
+    names = [f"{n}: {e.layout.tensor} x {e.layout.pipeline} x {e.data_parallel}" for n, e in enumerate(estimates, 1)]
     _stacks(time, names, [spent(found) for found in estimates])
-    time.set_title("seconds of a step", fontsize=9)
+    _style(time, "seconds of a step")
     _stacks(memory, names, [_memory(found) for found in estimates])
     usable = estimates[0].machine.memory / GIB
     memory.axhline(usable, color="#44484f", linewidth=1, linestyle="--")
     memory.annotate(f"usable: {usable:.1f}", (len(names) - 0.5, usable), fontsize=7, ha="right", va="bottom")
-    memory.set_title("GiB of a rank, on the fullest stage", fontsize=9)
-    figure.suptitle("tensor x pipeline x data", y=0.02, fontsize=8)
+    _style(memory, "GiB of a rank, on the fullest stage")
     _write(figure, path)
 
 
@@ -76,8 +75,8 @@ def _stacks(axes: Any, names: Sequence[str], bars: Sequence[Mapping[str, float]]
             axes.bar(range(len(bars)), heights, bottom=below, width=0.6, color=colour, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.legend(frameon=False, fontsize=6)
-    _style(axes, axes.get_title())
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    axes.set_xlabel("rank: tensor x pipeline x data", fontsize=8)
 
 
 def _figure(columns: int, height: float) -> Any:

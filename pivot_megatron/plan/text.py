@@ -70,7 +70,7 @@ def _row(rank: int, found: Estimate) -> list[str]:
         f"{found.tokens_a_second:,.0f}",
         f"{found.utilisation:.1%}",
         f"{found.peak_bytes / GIB:.1f}",
-        f"{found.hours * found.gpus:.1f}, {found.hours / 24:.2f}" if found.hours else "unknown",
+        f"{found.hours * found.gpus:.1f}, {found.hours / 24:.2g}" if found.hours else "unknown",
         limited_by(found),
     ]
 

@@ -114,6 +114,10 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     (stage,) = estimate(aligned, Layout(), 8, H100).stages
     assert stage.memory.weights == 2 * COUNT
     assert (stage.memory.gradients, stage.memory.optimizer) == (4 * _PROJECTOR, 12 * _PROJECTOR / 8)
+    (pack,) = set(estimate(aligned, Layout(), 8, H100).packs)
+    images = len(pack.samples)
+    kept = 2 * images * 576 * (1152 + 3 * 3584)  # the projector's alone, and the pixels as they came
+    assert stage.memory.encoder == kept + 4 * images * 3 * 384**2
 
 
 def test_an_online_reference_is_one_more_set_of_weights_and_one_more_forward_pass() -> None:

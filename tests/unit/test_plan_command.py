@@ -17,12 +17,14 @@ from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, mak
 from pivot_megatron.data_prep.synthetic import write_pairs
 from pivot_megatron.model.fit import misfits
 from pivot_megatron.plan import commands
+from pivot_megatron.plan.columns import aligned
 from pivot_megatron.plan.dry_run import DryRun
 from pivot_megatron.plan.hardware import gpu, known_architecture
 from pivot_megatron.plan.machine import write_machine
 from pivot_megatron.plan.rehearsal import Build, StageFound
 from pivot_megatron.plan.scaling import against_ideal, scaling
 from pivot_megatron.plan.subject import planned
+from pivot_megatron.plan.workload import Lengths
 from tests.html_page import whole_page
 
 RUN = "configs/run/2_dpo.yaml"
@@ -101,6 +103,19 @@ def test_a_run_that_is_here_is_measured(small: Path, tmp_path: Path, capsys: pyt
     (image,) = {sample.places for sample in found.subject.samples}
     assert image == 64 and len({sample.scored for sample in found.subject.samples}) > 1
     assert found.count == 24 and found.subject.reference == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "lengths"),
+    [
+        ("1a_align", Lengths(576 + 2, (30,), 30, 1, 576)),
+        ("1b_pretrain", Lengths(576 + 60, (150,), 150, 1, 576)),
+        ("2_dpo", Lengths(576 + 60, (200, 200), 400, 1, 576)),
+    ],
+)
+def test_lengths_that_are_not_known_are_those_of_the_runs_kind(run: str, lengths: Lengths) -> None:
+    found = planned(load_config(Path(f"configs/run/{run}.yaml")), BASE[1], BASE[3], None)
+    assert set(found.subject.samples) == {lengths} and len(found.subject.samples) == 256
 
 
 def test_the_runs_own_layout_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,12 +199,18 @@ def test_a_dry_run_is_of_the_first_layout_or_the_runs_own(
     assert "Dry run of the run's own layout" in capsys.readouterr().out
 
 
+def test_columns_of_words_stand_to_the_left() -> None:
+    assert aligned([["a", "number"], ["word", "1"]], left=(0,)) == ["a     number", "word       1"]
+
+
 def test_scaling_is_the_best_of_each_number_of_devices(tmp_path: Path) -> None:
     found = planned(load_config(Path(RUN), ["batch.global_size=32"]), BASE[1], BASE[3], 20000)
     curves = scaling(found.subject, Layout(), 256, gpu("h100"))
     assert [point.gpus for point in curves.strong] == [256, 512, 1024] == [point.gpus for point in curves.weak]
     sizes: list[Any] = [point.best and point.best.subject.batch.global_size for point in curves.weak]
     assert curves.weak[0] == curves.strong[0] and sizes in ([32, 64, 128], [None, 64, 128])
+    for point in curves.weak[1:]:
+        assert point.best and point.best.pairs_a_second * point.best.step_seconds == pytest.approx(point.gpus / 8)
     for points in (curves.strong, curves.weak):
         known = [(point.best, share) for point, share in zip(points, against_ideal(points), strict=True) if point.best]
         first, _ = known[0]

@@ -157,6 +157,14 @@ def test_tied_words_are_added_up_over_the_first_and_the_last_stage() -> None:
 CUT = list(layouts(SEVEN, Precision(), Layout(), 16, 8, PAIRS))
 
 
+def test_ends_of_a_pipeline_hold_no_more_than_what_is_between() -> None:
+    shares = [[stage.layers for stage in estimate(subject(SEVEN), layout, 16, H100).stages] for layout in CUT]
+    assert all(sum(share) == 28 for share in shares)
+    assert all(max(share[0], share[-1]) <= share[1] for share in shares if len(share) > 2)
+    uneven = {tuple(share) for share in shares if len(set(share)) > 1}
+    assert {(12, 16), (4, 8, 8, 8), (7, 8, 8, 5)} & uneven >= {(12, 16), (4, 8, 8, 8)} and len(CUT) == len(set(CUT))
+
+
 @given(st.sampled_from(CUT), st.sampled_from([1, 2, 4]))
 def test_replicas_never_raise_what_a_rank_holds_for_good(layout: Layout, times: int) -> None:
     size = layout.model_parallel_size

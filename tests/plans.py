@@ -6,17 +6,10 @@ from typing import Any
 
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.plan.hardware import published_configs
 
-SO400M: dict[str, Any] = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-}
+SO400M = published_configs("encoders")["siglip2-so400m-patch16-384"]
+HEADS = {size: published_configs("heads")[f"qwen2.5-{size.lower()}"] for size in ("0.5B", "1.5B", "7B", "72B")}
 MAE_BASE: dict[str, Any] = {
     "model_type": "vit_mae",
     "hidden_size": 768,
@@ -44,15 +37,6 @@ def qwen2(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocabular
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
     }
-
-
-# Qwen2.5's config.json, by size.
-HEADS = {
-    "0.5B": qwen2(896, 4864, 24, 14, 2, 151936, tied=True),
-    "1.5B": qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
-    "7B": qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
-    "72B": qwen2(8192, 29568, 80, 64, 8, 152064, tied=False),
-}
 
 
 def model(encoder: dict[str, Any], head: dict[str, Any]) -> Architecture:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pivot_megatron.cli import bench, checkpoint, convert, data, probe, recipe, runs
+from pivot_megatron.cli import bench, checkpoint, convert, data, plan, probe, recipe, runs
 from pivot_megatron.cli.verbs import new_parser
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.quiet import quiet
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser, verb, verbs = new_parser()
     recipe.add(verb)
     runs.add(verb)
+    plan.add(verb)
     for group in (convert, checkpoint, data, probe, bench):
         group.add(verb, verbs)
     return parser

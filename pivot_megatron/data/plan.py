@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,23 @@ def plan_micro_batches(
 
 def _placed(sizes: Sequence[Size], bins: int, most_tokens: int, most_images: int | None) -> list[list[int]] | None:
     placed: list[list[int]] = [[] for _ in range(bins)]
-    tokens, images, work = [0] * bins, [0] * bins, [0.0] * bins
+    tokens, images = [0] * bins, [0] * bins
+    loads = [(0.0, b) for b in range(bins)]  # a heap: the least work first, of equals the first bin
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].flops, i)):
-        size = sizes[i]
-        fits = [
-            b
-            for b in range(bins)
-            if not placed[b]
-            or (
+        size, full = sizes[i], []
+        while loads:
+            work, b = heappop(loads)
+            if not placed[b] or (
                 tokens[b] + size.tokens <= most_tokens
                 and (most_images is None or images[b] + size.images <= most_images)
-            )
-        ]
-        if not fits:
+            ):
+                break
+            full.append((work, b))
+        else:
             return None
-        to = min(fits, key=lambda b: (work[b], b))
-        placed[to].append(i)
-        tokens[to] += size.tokens
-        images[to] += size.images
-        work[to] += size.flops
+        placed[b].append(i)
+        tokens[b] += size.tokens
+        images[b] += size.images
+        for load in ((work + size.flops, b), *full):
+            heappush(loads, load)
     return placed

@@ -58,6 +58,4 @@ def _ends(layers: int, stages: int) -> Iterator[tuple[int | None, int | None]]:
         return
     for between in range(-(-layers // stages), -(-layers // stages) + 2):
         both = layers - between * (stages - 2)
-        for last in range(max(1, both // 2), min(between, both - 1) + 1):
-            if both - last <= between and (both - last, last) != (between, between):
-                yield both - last, last
+        yield from ((both - last, last) for last in range(max(1, both // 2), min(between, both)))

@@ -14,6 +14,7 @@ from pivot_megatron.convert.start import describe_start
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.model.fit import require_fit
 from pivot_megatron.model.freeze import require_matches
+from pivot_megatron.plan.columns import aligned
 from pivot_megatron.plan.rehearsal import Build, StageFound
 
 _SHOWN = 20  # differences: one that is in every layer is seen from fewer
@@ -46,11 +47,9 @@ class DryRun:
         """A line a stage, of one of its ranks; then what was built, and each difference."""
         layout = self.build.layout
         replicas = self.build.gpus // layout.model_parallel_size
-        rows = [_TITLES, *map(_cells, self.stages)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{self.build.gpus} processes: tensor {layout.tensor} x pipeline {layout.pipeline} x data {replicas}",
-            *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
+            *aligned([_TITLES, *map(_cells, self.stages)]),
             self.how,
         ]
         if self.passed:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import gcd
 
 from pivot_megatron.config.schema import Batch, Layout, ParameterRule, Precision, Recompute
 from pivot_megatron.data.build import PACK_MULTIPLE
@@ -24,9 +25,9 @@ from pivot_megatron.plan.workload import Lengths, Pack
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned. `samples`: lengths of a global batch. `steps` of the run, 0 where it is not known how many; `reference`:
-    global batches that a frozen reference sees beforehand, once. `online`: it runs in every step instead. `token_multiple`:
-    what a tensor-parallel rank's tokens are padded to."""
+    """What is planned. `samples`: lengths of a global batch, or, `times` over, of a larger one. `steps` of the run, 0 where it is
+    not known how many; `reference`: global batches that a frozen reference sees beforehand, once. `online`: it runs in every
+    step instead. `token_multiple`: what a tensor-parallel rank's tokens are padded to."""
 
     arch: Architecture
     precision: Precision
@@ -38,17 +39,29 @@ class Subject:
     reference: float = 0.0
     online: bool = False
     token_multiple: int = PACK_MULTIPLE
+    times: int = 1
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """`layers`: of the language model. `passage`: of the mean micro-batch of the rank with the most work."""
+    """`layers`: of the language model. `passage`: of the mean micro-batch of the rank with the most work, `forward`: its way
+    through alone. `sends`: seconds of a passage's messages that are the pipeline's own. `weights`: of each chunk."""
 
     layers: int
-    parameters: int
+    weights: tuple[Weights, ...]
     memory: Memory
     passage: Passage
+    forward: Passage
+    sends: float
     ends: Ends
+
+    @property
+    def parameters(self) -> int:
+        return sum(w.count for w in self.weights)
+
+    @property
+    def trained(self) -> int:
+        return sum(w.trained for w in self.weights)
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,31 @@ class Estimate:
     packs: tuple[Pack, ...]
     stages: tuple[StageEstimate, ...]
     flops: float
-    forward_seconds: float  # of one global batch
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Of one global batch through a frozen reference."""
+        return self._pipelined([stage.forward.total for stage in self.stages])
+
+    @cached_property
+    def passages_seconds(self) -> float:
+        """Of a step's micro-batches, forward and backward."""
+        return self._pipelined([stage.passage.total for stage in self.stages])
+
+    def _pipelined(self, stages: Sequence[float]) -> float:
+        return pipelined(stages, len(self.packs), self.layout.virtual_pipeline)
 
     @property
     def data_parallel(self) -> int:
         return self.gpus // self.layout.model_parallel_size
+
+    @property
+    def model(self) -> Model:
+        subject = self.subject
+        return Model(subject.arch, self.layout, subject.precision, subject.recompute, self.machine.transformer_engine)
+
+    def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
+        return tuple(chunk for chunk in chunks(self.subject.arch.head.layers, self.layout) if chunk.stage == stage)
 
     @cached_property
     def slowest(self) -> StageEstimate:
@@ -74,21 +107,21 @@ class Estimate:
 
     @cached_property
     def step_seconds(self) -> float:
-        return self._passages + max(s.ends.gradients + s.ends.update + s.ends.gather for s in self.stages)
+        reference = self.forward_seconds if self.subject.online else 0.0
+        return self.passages_seconds + reference + self.ends_seconds
 
-    @property
-    def _passages(self) -> float:
-        whole = pipelined([s.passage.total for s in self.stages], len(self.packs), self.layout.virtual_pipeline)
-        return whole + (self.forward_seconds if self.subject.online else 0.0)
+    @cached_property
+    def ends_seconds(self) -> float:
+        return max(stage.ends.total for stage in self.stages)
 
     @property
     def pairs_a_second(self) -> float:
-        return len(self.subject.samples) / self.step_seconds
+        return self.subject.times * len(self.subject.samples) / self.step_seconds
 
     @property
     def tokens_a_second(self) -> float:
         """As packs have them, prefixes once."""
-        return sum(sample.tokens for sample in self.subject.samples) / self.step_seconds
+        return self.subject.times * sum(sample.tokens for sample in self.subject.samples) / self.step_seconds
 
     @property
     def utilisation(self) -> float:
@@ -113,12 +146,13 @@ class Estimate:
 
     @property
     def prediction(self) -> Prediction:
-        slow, count = self.slowest, len(self.packs)
+        slow = self.slowest
+        passages = (slow.passage + slow.forward if self.subject.online else slow.passage).scaled(len(self.packs))
         parts = {
             "data": 0.0,
-            "encoder": count * slow.passage.encoder,
-            "head": count * slow.passage.head,
-            "communication": count * slow.passage.messages + slow.ends.gradients + slow.ends.gather,
+            "encoder": passages.encoder,
+            "head": passages.head,
+            "communication": passages.messages + slow.ends.gradients + slow.ends.gather,
             "optimizer": slow.ends.update,
         }
         return Prediction(
@@ -126,7 +160,7 @@ class Estimate:
             data_parallel=self.data_parallel,
             step_seconds=self.step_seconds,
             parts=parts,
-            idle_seconds=self.step_seconds - sum(parts.values()),
+            idle_seconds=max(0.0, self.step_seconds - sum(parts.values())),
             peak_bytes=[int(stage.memory.total) for stage in self.stages],
         )
 
@@ -145,19 +179,21 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
         weights = [_weights(subject.arch, layout.tensor, chunk, subject.rules) for chunk in own]
         trained = sum(w.trained for w in weights)
         passage_of = sum((passages.of(chunk) for chunk in own), Passage())
-        passage_of += Passage(messages=_stage_messages(model, layout, machine, data_parallel, stage, largest))
+        sends = _stage_messages(model, layout, machine, data_parallel, stage, largest)
+        passage_of += Passage(messages=sends)
         memory = stage_memory(model, machine, own, weights, largest, len(packs), data_parallel, subject.online)
         shared = _shared_words(subject.arch, layout, stage)
         stages.append(
             StageEstimate(
                 layers=sum(len(chunk.layers) for chunk in own),
-                parameters=sum(w.count for w in weights),
+                weights=tuple(weights),
                 memory=memory,
                 passage=passage_of,
+                forward=sum((passages.forward_of(chunk) for chunk in own), Passage()),
+                sends=sends,
                 ends=ends(trained, layout, subject.precision, machine, data_parallel, 2 / 3 * passage_of.total, shared),
             )
         )
-    forward = [sum(passages.forward_of(c).total for c in found if c.stage == s) for s in range(layout.pipeline)]
     return Estimate(
         subject=subject,
         layout=layout,
@@ -166,7 +202,6 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
         packs=packs,
         stages=tuple(stages),
         flops=sum(passages.useful_flops(chunk) for chunk in found) * layout.tensor * data_parallel,
-        forward_seconds=pipelined(forward, len(packs), layout.virtual_pipeline),
     )
 
 
@@ -216,8 +251,11 @@ def _weights(arch: Architecture, tensor: int, chunk: Chunk, rules: tuple[Paramet
 
 
 def busiest_packs(subject: Subject, layout: Layout, data_parallel: int) -> tuple[Pack, ...]:
-    """As the loader packs them, of the rank that gets the most work."""
-    ranks = _packed(subject.arch, subject.batch, subject.samples, data_parallel, layout.micro_batch_multiple)
+    """As the loader packs them, of the rank that gets the most work. Of a batch that is one several times over, replicas that
+    share it out alike are packed once."""
+    alike = gcd(subject.times, data_parallel)
+    samples = subject.samples * (subject.times // alike)
+    ranks = _packed(subject.arch, subject.batch, samples, data_parallel // alike, layout.micro_batch_multiple)
     multiple = layout.tensor * subject.token_multiple
     return tuple(Pack(samples, multiple) for samples in ranks)
 

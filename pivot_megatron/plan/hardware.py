@@ -73,16 +73,16 @@ def assumed_lengths(kind: str) -> Mapping[str, int]:
     return found
 
 
-def known_models() -> dict[str, tuple[str, ...]]:
-    """Names of `encoders` and `heads`."""
-    return {kind: tuple(found) for kind, found in _constants("models.yaml").items()}
+def published_configs(kind: str) -> dict[str, dict[str, Any]]:
+    """`config.json` of `encoders` or `heads`, by name."""
+    return {name: dict(config) for name, config in _constants("models.yaml")[kind].items()}
 
 
 def known_architecture(encoder: str, head: str) -> Architecture:
     """Raises UserError for a name that `models.yaml` does not have."""
     configs = {}
     for kind, name, option in (("encoders", encoder, "--encoder"), ("heads", head, "--head")):
-        known = _constants("models.yaml")[kind]
+        known = published_configs(kind)
         if name not in known:
             raise UserError(f"{option}: expected one of {', '.join(known)}, found {name}")
         configs[kind] = known[name]

@@ -89,7 +89,10 @@ class Machine(Strict):
 
     def link(self, devices: int, apart: int = 1) -> Link:
         """Of a group of `devices` that stand `apart` ranks from one another: within a node as long as they all fit into one."""
-        return self.node if (devices - 1) * apart < self.devices_a_node else self.network
+        return self.node if self.within_node(devices, apart) else self.network
+
+    def within_node(self, devices: int, apart: int = 1) -> bool:
+        return (devices - 1) * apart < self.devices_a_node
 
 
 _MACHINE = TypeAdapter(Machine)
@@ -101,7 +104,7 @@ def read_machine(path: Path) -> Machine:
         tree = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {error}"
+            f"{path}: expected a machine as `pivot bench calibrate` writes it, found none: {' '.join(str(error).split())}"
         ) from None
     return machine_of(tree, str(path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from pivot_megatron.config.schema import Layout, Precision
@@ -35,7 +35,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return float(sum(astuple(self)))
+        return float(sum(vars(self).values()))
 
 
 def weight_bytes(precision: Precision) -> int:
@@ -67,7 +67,8 @@ def stage_memory(
     if last:  # what its last layer keeps past its attention is of answers alone
         unwanted = pack.tokens - pack.scored
         activations += kept - _past_attention(head, numbers, unwanted, model.recompute.llm)
-    encoder, vision_working = _vision(model, pack, min(alive, micro_batches)) if chunks[0].first else (0.0, 0.0)
+    trains = any(w.encoder for w in weights)
+    encoder, vision_working = _vision(model, pack, min(alive, micro_batches), trains) if chunks[0].first else (0.0, 0.0)
     working = max(
         _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if sum(layers) else 0.0, vision_working
     )
@@ -99,12 +100,17 @@ def kept_bytes(
     layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: Literal["none", "selective", "full"]
 ) -> float:
     """What one layer keeps for its backward pass: its input alone, if it is made anew; else the inputs of norms, products and
-    activation, and queries, keys, values and output of attention."""
+    activation, and queries, keys, values and output of attention. Where attention is made anew it keeps what came out of qkv,
+    of which grouped queries are a copy."""
     stream = _stream(layer, numbers, tokens)
     if mode == "full":
         return stream
     query, key = layer.query_width(numbers.tensor), layer.key_width(numbers.tensor)
-    attention = tokens * query * (2.0 if mode == "selective" else 3.0) + keys * key * 2.0
+    if mode == "selective":
+        copied = query if layer.groups < layer.heads else 0
+        attention = float(tokens * (query + (query + 2 * key) + copied))
+    else:
+        attention = tokens * query * 3.0 + keys * key * 2.0
     return 4 * stream + numbers.size * (attention + tokens * _mlp_width(layer, numbers.tensor))
 
 
@@ -134,8 +140,8 @@ def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: 
     return gradients + gathered + again
 
 
-def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
-    """(kept, working) bytes of encoder and projector."""
+def _vision(model: Model, pack: Pack, alive: float, trains: bool) -> tuple[float, float]:
+    """(kept, working) bytes of encoder and projector. A frozen encoder has no backward pass to keep anything for."""
     arch, tensor = model.arch, model.layout.tensor
     numbers = numbers_of(model.precision, "encoder", tensor, model.fused)
     layer, (images, places) = encoder_layer(arch.encoder), pack.images(arch.encoder.places)
@@ -143,6 +149,8 @@ def _vision(model: Model, pack: Pack, alive: float) -> tuple[float, float]:
     pixels = 4.0 * images * 3 * arch.encoder.image_size**2
     # The projector's input, its activation's input and output, and its own output, whole.
     projector = numbers.size * places * (arch.encoder.hidden / tensor + (2 / tensor + 1) * arch.head.hidden)
+    if not trains:
+        return alive * projector + pixels, 0.0
     working = _working(layer, numbers, places, places, model.recompute.encoder)
     return alive * (kept * arch.encoder_layers + projector) + pixels, working
 

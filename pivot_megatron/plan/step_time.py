@@ -74,6 +74,10 @@ class Ends:
     update: float
     gather: float
 
+    @property
+    def total(self) -> float:
+        return self.gradients + self.update + self.gather
+
 
 def ends(
     trained: int,
@@ -98,7 +102,7 @@ def ends(
     if layout.overlap_parameter_gather:
         gathered = max(0.0, gathered - backward_seconds / 2)
     if shared_words:
-        far = machine.link(2, processes // layout.pipeline)
+        far = machine.link(2, processes - processes // layout.pipeline)
         reduced += far.seconds + 4.0 * shared_words / far.bandwidth
     # The buffer is zeroed whole; a replica's share is read for the norm, scaled, and read and written by Adam: weight,
     # gradient and two moments, and once more in 16 bits.

@@ -26,9 +26,11 @@ from pivot_megatron.runtime.fp8 import token_multiple
 
 @dataclass(frozen=True)
 class Planned:
-    """`lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None where nobody knows."""
+    """`model`: its parts' names. `lengths`: where the samples' lengths are from, in words; `count`: samples of an epoch, None
+    where nobody knows."""
 
     subject: Subject
+    model: str
     lengths: str
     count: int | None
 
@@ -37,15 +39,13 @@ def planned(config: RunConfig, encoder: str | None, head: str | None, samples: i
     """`encoder`, `head`: names of models.yaml that stand in for the run's own, both or none. `samples`: of an epoch, where the
     run's data are not here. Raises UserError where the model is neither named nor here."""
     arch = _architecture(config, encoder, head)
-    data = _data(config)
+    data = _data(config) if encoder is None else None  # of other models, the run's tokenizer and images say nothing
     found = lengths_of_step(data, arch, 0) if data else []
     lengths = found or _assumed(config, arch)
     count = len(data.order) if data and samples is None else samples
-    return Planned(
-        _subject(config, arch, lengths, count),
-        "measured on the run's own data" if found else "assumed, see hardware.yaml",
-        count,
-    )
+    told = "measured on the run's first batch" if found else "assumed in hardware.yaml, each behind one square image"
+    model = f"{encoder or arch.encoder.family} + {head or arch.head.family}"
+    return Planned(_subject(config, arch, lengths, count), model, told, count)
 
 
 def predict(config: RunConfig, processes: int, machine: Machine, steps: Sequence[int]) -> Prediction:

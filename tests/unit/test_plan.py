@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +44,40 @@ def test_more_micro_batches_where_one_is_too_small() -> None:
     assert [len(batches) for batches in plan_micro_batches(sizes, 1, 100, None)] == [4]
     assert [len(batches) for batches in plan_micro_batches(sizes, 2, 120, None)] == [1, 1]
     assert [len(batches) for batches in plan_micro_batches(sizes, 2, 1000, 1)] == [2, 2]
+
+
+@given(SIZES, st.integers(1, 5), st.integers(50, 120), st.one_of(st.none(), st.integers(2, 6)), st.integers(1, 3))
+def test_each_goes_where_the_least_work_stands_of_all_that_it_fits(sizes, ranks, tokens, images, multiple) -> None:
+    def placed(bins: int) -> list[list[int]] | None:
+        found: list[list[int]] = [[] for _ in range(bins)]
+        for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].flops, i)):
+            fits = [
+                b
+                for b in range(bins)
+                if not found[b]
+                or (
+                    sum(sizes[j].tokens for j in [*found[b], i]) <= tokens
+                    and (images is None or sum(sizes[j].images for j in [*found[b], i]) <= images)
+                )
+            ]
+            if not fits:
+                return None
+            found[min(fits, key=lambda b: (_added(sizes[j].flops for j in found[b]), b))].append(i)
+        return found
+
+    plan = plan_micro_batches(sizes, ranks, tokens, images, multiple)
+    expected = placed(ranks * len(plan[0]))
+    assert expected is not None and [b for rank in plan for b in rank] == [sorted(b) for b in expected]
+    if len(plan[0]) > multiple and ranks * (len(plan[0]) - multiple) * tokens >= sum(s.tokens for s in sizes):
+        assert placed(ranks * (len(plan[0]) - multiple)) is None
+
+
+def _added(work: Iterable[float]) -> float:
+    """One after another, as the plan adds them."""
+    total = 0.0
+    for one in work:
+        total += one
+    return total
 
 
 def test_no_samples_still_make_a_micro_batch_a_rank() -> None:

@@ -1,0 +1,41 @@
+"""What a layout's step is spent on, and what of it holds the run back."""
+
+from __future__ import annotations
+
+from pivot_megatron.plan.estimate import Estimate
+from pivot_megatron.plan.hardware import GIB
+
+
+def spent(found: Estimate) -> dict[str, float]:
+    """Seconds of a step by what they go to, on the stage that takes longest; they come to `step_seconds`."""
+    slow, machine = found.slowest, found.machine
+    parts, idle = found.prediction.parts, found.prediction.idle_seconds
+    replicas = slow.ends.gradients + slow.ends.gather
+    stages = len(found.packs) * slow.sends
+    layout = found.layout
+    near = {
+        machine.within_node(layout.tensor): parts["communication"] - replicas - stages,
+    }
+    for seconds, within in (
+        (stages, machine.within_node(2, layout.tensor * found.data_parallel)),
+        (replicas, machine.within_node(found.data_parallel, layout.tensor)),
+    ):
+        near[within] = near.get(within, 0.0) + seconds
+    return {
+        "compute of the encoder": parts["encoder"],
+        "compute of the head": parts["head"],
+        "messages within a node": near.get(True, 0.0),
+        "messages between nodes": near.get(False, 0.0),
+        "optimizer": parts["optimizer"],
+        "pipeline idle": idle,
+    }
+
+
+def limited_by(found: Estimate) -> str:
+    """In a few words: where a layout does not fit, by how much and on which stage; else what takes most of its step."""
+    if not found.fits:
+        stage = max(range(len(found.stages)), key=lambda n: found.stages[n].memory.total)
+        over = found.peak_bytes - found.machine.memory
+        return f"memory: does not fit, {over / GIB:.1f} GiB too much on stage {stage}"
+    what, seconds = max(spent(found).items(), key=lambda item: item[1])
+    return f"{what}, {seconds / found.step_seconds:.0%}"

@@ -1,0 +1,127 @@
+"""A plan as lines of text: what was planned, its layouts in a table, and what to write into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from pivot_megatron.config.schema import Layout
+from pivot_megatron.plan.columns import aligned
+from pivot_megatron.plan.estimate import Estimate, Subject
+from pivot_megatron.plan.hardware import GIB
+from pivot_megatron.plan.limits import limited_by
+from pivot_megatron.plan.model_work import Weights
+from pivot_megatron.plan.parameters import held
+from pivot_megatron.plan.plan import Plan
+from pivot_megatron.plan.stages import chunks
+from pivot_megatron.plan.subject import Planned
+
+DATA = "taken as hidden: no loader was measured beside these devices; `pivot bench loader` says what a core feeds"
+
+
+def facts(planned: Planned, plan: Plan) -> dict[str, str]:
+    """What the plan is of, by name."""
+    subject, machine = planned.subject, plan.machine
+    return {
+        "model": f"{planned.model}: {_sizes(subject)}",
+        "machine": f"{plan.gpus} x {machine.name}, {machine.devices_a_node} a node, {machine.memory / GIB:.1f} GiB usable",
+        "source": machine.source,
+        "samples": f"{subject.batch.global_size} a step, {_tokens(subject)}; {planned.lengths}",
+        "steps": _steps(planned),
+        "data": DATA,
+    }
+
+
+def as_text(planned: Planned, plan: Plan, top: int) -> str:
+    told = facts(planned, plan)
+    width = max(map(len, told))
+    shown = plan.estimates[:top]
+    lines = [f"{name:<{width}}  {value}" for name, value in told.items()]
+    lines += ["", *aligned(rows(shown), LEFT), ""]
+    if len(plan.estimates) > 1:
+        lines.append(f"{len(plan.fitting)} of {len(plan.estimates)} layouts fit; the {len(shown)} best are shown.")
+    if not plan.best.fits:
+        return "\n".join([*lines, "Nothing fits; the first takes the least memory. Plan more devices, or larger ones."])
+    return "\n".join([*lines, "The first, to lay over the run:", "  " + " ".join(overrides(plan.best))])
+
+
+LEFT = (1, 4, 12)
+"""Columns of `rows` that are words."""
+
+
+def rows(estimates: Sequence[Estimate]) -> list[list[str]]:
+    """The heads first. A pipeline stage's layers are the language model's."""
+    memory = f"{estimates[0].machine.memory / GIB:.1f}"
+    heads = ["rank", "tensor x pipeline x data", "chunks", "layers", "recompute", "micro_tokens", "step s", "pairs/s"]
+    heads += ["tokens/s", "MFU", f"GiB of {memory}", "GPU-hours, days", "limited by"]
+    return [heads, *(_row(n, found) for n, found in enumerate(estimates, 1))]
+
+
+def _row(rank: int, found: Estimate) -> list[str]:
+    return [
+        f"{rank}",
+        " x ".join(map(str, (found.layout.tensor, found.layout.pipeline, found.data_parallel))),
+        f"{found.layout.virtual_pipeline}",
+        layers(found),
+        recompute(found.subject),
+        f"{found.subject.batch.micro_tokens}",
+        f"{found.step_seconds:.3f}",
+        f"{found.pairs_a_second:.1f}",
+        f"{found.tokens_a_second:,.0f}",
+        f"{found.utilisation:.1%}",
+        f"{found.peak_bytes / GIB:.1f}",
+        f"{found.hours * found.gpus:.1f}, {found.hours / 24:.2g}" if found.hours else "unknown",
+        limited_by(found),
+    ]
+
+
+def layers(found: Estimate) -> str:
+    """Of each stage, those in a row that are alike once: `12 16`, `3 6*24`."""
+    runs = [(n, len(list(same))) for n, same in groupby(stage.layers for stage in found.stages)]
+    return " ".join(f"{count}*{n}" if count > 1 else f"{n}" for n, count in runs)
+
+
+def recompute(subject: Subject) -> str:
+    encoder, llm = subject.recompute.encoder, subject.recompute.llm
+    return llm if encoder == llm else f"{encoder}, {llm}"
+
+
+def overrides(found: Estimate) -> list[str]:
+    """`key=value` texts that give a run this layout."""
+    layout, subject = found.layout, found.subject
+    keys = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
+    overlaps = ("overlap_gradient_reduce", "overlap_parameter_gather")
+    return [
+        *(f"layout.{key}={_yaml(getattr(layout, key))}" for key in (*keys, *overlaps)),
+        f"recompute.encoder={subject.recompute.encoder}",
+        f"recompute.llm={subject.recompute.llm}",
+        f"batch.micro_tokens={subject.batch.micro_tokens}",
+    ]
+
+
+def _yaml(value: int | bool | None) -> str:
+    return "null" if value is None else str(value).lower()
+
+
+def _sizes(subject: Subject) -> str:
+    arch = subject.arch
+    (whole,) = chunks(arch.head.layers, Layout())
+    weights = Weights.of(held(arch, Layout(), whole, subject.rules))
+    return f"{weights.count:,} parameters, {weights.trained:,} of them trained, {subject.precision.compute}"
+
+
+def _tokens(subject: Subject) -> str:
+    samples = subject.samples
+    prefix = sum(sample.prefix for sample in samples) / len(samples)
+    branches = [sum(lengths) / len(samples) for lengths in zip(*(s.branches for s in samples), strict=True)]
+    answers = " and ".join(f"{length:.0f}" for length in branches)
+    return f"{prefix:.0f} tokens of image and prompt, {answers} of answers"
+
+
+def _steps(planned: Planned) -> str:
+    subject = planned.subject
+    if not subject.steps:
+        return "unknown: --samples says how many samples an epoch has"
+    epochs = f", {subject.batch.epochs:g} epochs of {planned.count:,}" if subject.batch.epochs and planned.count else ""
+    reference = f"; before them a frozen reference sees {subject.reference:.1f} batches" if subject.reference else ""
+    return f"{subject.steps:,}{epochs}{reference}"

@@ -1,0 +1,107 @@
+"""Machines by name and from files, and the models that plans know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pivot_megatron.errors import UserError
+from pivot_megatron.plan import hardware
+from pivot_megatron.plan.hardware import gpu, gpu_names, known_architecture, published_configs
+from pivot_megatron.plan.machine import Roofline, read_machine, write_machine
+
+CONSTANTS = yaml.safe_load((Path(hardware.__file__).parent / "hardware.yaml").read_text())
+
+
+def test_every_gpu_has_its_source_and_sensible_rates() -> None:
+    assert set(gpu_names()) == {"a100", "h100", "h200", "b200"} == set(CONSTANTS["gpus"])
+    for name in gpu_names():
+        assert "data sheet (20" in CONSTANTS["gpus"][name]["source"]
+        machine = gpu(name)
+        assert CONSTANTS["gpus"][name]["source"] in machine.source
+        rates = machine.rates_of(8)
+        assert rates.gemm["bf16"].flops < rates.peak["bf16"] and rates.attention["bf16"].backward < rates.peak["bf16"]
+        assert machine.network.bandwidth < machine.node.bandwidth < rates.elementwise
+        assert machine.memory < CONSTANTS["gpus"][name]["gibibytes"] * 2**30
+
+
+def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic() -> None:
+    line = Roofline(flops=100.0, bandwidth=10.0, seconds=1.0)
+    assert line.time(200, 10) == 3.0 and line.time(200, 50) == 6.0
+
+
+def test_links_by_where_ranks_stand() -> None:
+    machine = gpu("h100")
+    assert machine.link(8) is machine.node and machine.link(9) is machine.network
+    assert machine.link(2, 4) is machine.node and machine.link(2, 8) is machine.network
+    assert machine.link(4, 2) is machine.node and machine.link(4, 3) is machine.network
+
+
+def test_rates_by_how_many_compute_side_by_side() -> None:
+    machine = gpu("h100")
+    slow = replace(machine.rates[1], launch=1.0)
+    shared = replace(machine, rates={1: machine.rates[1], 4: slow})
+    assert [shared.rates_of(n).launch == 1.0 for n in (1, 3, 4, 64)] == [False, False, True, True]
+
+
+def test_a_file_holds_a_machine_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "machine.yaml"
+    write_machine(gpu("b200"), path)
+    assert read_machine(path) == gpu("b200")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tree: tree.pop("node"), r"machine\.yaml: node: Field required"),
+        (lambda tree: tree.update(cores=2), r"machine\.yaml: cores: Unexpected keyword argument"),
+        (lambda tree: tree.update(memory="much"), r"machine\.yaml: memory: .*number"),
+    ],
+)
+def test_wrong_machine_files_are_refused_by_key(tmp_path: Path, change: Any, said: str) -> None:
+    path = tmp_path / "machine.yaml"
+    write_machine(gpu("h100"), path)
+    tree = yaml.safe_load(path.read_text())
+    change(tree)
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=said) as refusal:
+        read_machine(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", [None, "{", "7"])
+def test_files_that_are_no_machine_are_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "machine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"machine\.yaml: .*`pivot bench calibrate`") as refusal:
+        read_machine(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_published_size_is_an_architecture() -> None:
+    encoders, heads = (published_configs(kind) for kind in ("encoders", "heads"))
+    for encoder in encoders:
+        assert known_architecture(encoder, "qwen2.5-0.5b").encoder.family == "siglip"
+    for head in heads:
+        assert known_architecture("siglip2-base-patch16-384", head).head.layers == heads[head]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: gpu("h1000"), "--gpu: expected one of a100, h100, h200, b200, found h1000"),
+        (lambda: known_architecture("vit", "qwen2.5-7b"), "--encoder: expected one of siglip2-base.*, found vit"),
+        (
+            lambda: known_architecture("siglip2-base-patch16-384", "gpt"),
+            "--head: expected one of qwen2.5-0.5b.*found gpt",
+        ),
+    ],
+)
+def test_unknown_names_are_refused(call: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        call()

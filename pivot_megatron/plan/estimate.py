@@ -9,10 +9,12 @@ from functools import cached_property, lru_cache
 from math import gcd
 
 from pivot_megatron.config.schema import Batch, Layout, ParameterRule, Precision, Recompute
+from pivot_megatron.convert.plan import rows_by_parameter
 from pivot_megatron.data.build import PACK_MULTIPLE
 from pivot_megatron.data.plan import Size, plan_micro_batches
-from pivot_megatron.families.flops import encoder_flops, head_flops
+from pivot_megatron.families.flops import encoder_flops, head_flops, projector_flops
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.flops import Flops, Trained, Work, backward, forward
 from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.memory import Memory, stage_memory
 from pivot_megatron.plan.model_work import Model, Weights
@@ -66,7 +68,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`flops`: of a step over all ranks, what is made anew not counted. `packs`: micro-batches of the rank with the most work."""
+    """`flops`: of a step's operations over all ranks, padding and all, but for what is made anew. `packs`: micro-batches of the rank with the most work."""
 
     subject: Subject
     layout: Layout
@@ -125,10 +127,10 @@ class Estimate:
 
     @property
     def utilisation(self) -> float:
-        """Of the devices' peak, MFU."""
+        """MFU: what the model takes by count, of the devices' peak."""
         dtype = "fp8" if self.subject.precision.fp8_of("llm") else self.subject.precision.compute
         peak = self.machine.rates_of(self.gpus).peak[dtype]
-        return self.flops / (self.step_seconds * self.gpus * peak)
+        return model_flops(self.subject) / (self.step_seconds * self.gpus * peak)
 
     @property
     def hours(self) -> float:
@@ -205,6 +207,34 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
     )
 
 
+def model_flops(subject: Subject) -> float:
+    """Of a step, as `metrics.jsonl` counts its own (model/flops.py): no padding, attention as if nothing were masked."""
+    arch, once = subject.arch, subject.samples
+    encoder = arch.encoder
+    work = Work(
+        images=0,
+        tokens=sum(sample.tokens for sample in once),
+        scores=sum(queries * keys for sample in once for queries, keys in sample.segments),
+        scored=sum(sample.scored for sample in once),
+        last=sum(sample.scored for sample in once),
+    )
+    patches = layers = projector = 0.0
+    for sample in once:
+        if sample.images:
+            tokens = sample.places // sample.images - int(encoder.class_token)
+            embedding = encoder_flops(encoder, 0, tokens)
+            patches += sample.images * embedding
+            layers += sample.images * (encoder_flops(encoder, arch.encoder_layers, tokens) - embedding)
+            projector += sample.images * projector_flops(encoder, arch.head) * tokens / encoder.tokens
+    forwards = Flops(patches, layers, projector) + forward(arch, work)
+    return subject.times * (forwards + backward(forwards, _trained(arch, subject.rules))).total
+
+
+@lru_cache(maxsize=8)
+def _trained(arch: Architecture, rules: tuple[ParameterRule, ...]) -> Trained:
+    return Trained.by(rows_by_parameter(arch), rules)
+
+
 class _Passages:
     """Of the mean micro-batch through each chunk. Many chunks, and many packs, are alike: each kind is counted once."""
 
@@ -273,7 +303,8 @@ def _packed(
 
 def _flops(arch: Architecture, sample: Lengths) -> float:
     """As the loader weighs samples."""
-    one = encoder_flops(arch.encoder, arch.encoder.layers, sample.places // sample.images) if sample.images else 0.0
+    patches = sample.places // max(1, sample.images) - int(arch.encoder.class_token)
+    one = encoder_flops(arch.encoder, arch.encoder.layers, patches) if sample.images else 0.0
     return sample.images * one + head_flops(arch.head, sample.segments, sample.scored)
 
 

@@ -92,6 +92,15 @@ def test_the_bench_counts_the_same_but_for_what_a_causal_mask_hides() -> None:
     assert step == pytest.approx(step_flops(arch, WHOLE), rel=1e-12)
 
 
+def test_utilisation_counts_as_metrics_do() -> None:
+    arch = SEVEN
+    lengths = bench.PairLengths(WHOLE.prefix, 200, 200, WHOLE.scored)
+    counted = bench.forward(arch, bench.pivot_work([lengths]))
+    found = estimate(replace(subject(arch), samples=(WHOLE,) * PAIRS), Layout(tensor=2), 8, H100)
+    step = PAIRS * (counted + bench.backward(counted)).total
+    assert found.utilisation == pytest.approx(step / (found.step_seconds * 8 * 989.4e12), rel=1e-12)
+
+
 # By hand: Qwen2.5-7B as published; So400m's 26 layers below its features, FFN 4304 padded to 4352, no pooling head.
 _HEAD = 7_615_616_512
 _LAYER = 4 * 1152**2 + 4 * 1152 + 2 * 1152 * 4352 + 4352 + 1152 + 4 * 1152

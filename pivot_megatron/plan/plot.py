@@ -63,7 +63,7 @@ def _ideal(points: Sequence[Point]) -> tuple[list[int], list[float]]:
 
 
 def _memory(found: Estimate) -> dict[str, float]:
-    fullest = max((stage.memory for stage in found.stages), key=lambda memory: memory.total)
+    fullest = found.stages[found.fullest].memory
     return {field.name: getattr(fullest, field.name) / GIB for field in fields(Memory)}
 
 

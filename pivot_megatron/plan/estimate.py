@@ -139,8 +139,13 @@ class Estimate:
         return (self.subject.steps * self.step_seconds + reference) / 3600
 
     @property
+    def fullest(self) -> int:
+        """The stage of which a rank holds the most."""
+        return max(range(len(self.stages)), key=lambda n: self.stages[n].memory.total)
+
+    @property
     def peak_bytes(self) -> float:
-        return max(stage.memory.total for stage in self.stages)
+        return self.stages[self.fullest].memory.total
 
     @property
     def fits(self) -> bool:

@@ -22,7 +22,6 @@ def explain(found: Estimate) -> str:
     tokens = [pack.tokens for pack in packs]
     samples = sum(len(pack.samples) for pack in packs)
     slow = found.stages.index(found.slowest)
-    full = max(range(len(found.stages)), key=lambda n: found.stages[n].memory.total)
     return "\n".join(
         [
             f"{title}, chunks a stage {layout.virtual_pipeline}, layers {layers(found)}, recompute {recompute(found.subject)}",
@@ -32,8 +31,8 @@ def explain(found: Estimate) -> str:
             "Memory of a rank, GiB, at its fullest moment",
             *aligned(memory_rows(found)),
             "",
-            f"Stage {full}, the fullest",
-            *aligned(arithmetic(found, full), left=(0, 1)),
+            f"Stage {found.fullest}, the fullest",
+            *aligned(arithmetic(found, found.fullest), left=(0, 1)),
             "",
             "By mode of recomputing",
             *aligned(mode_rows(found), left=(0,)),
@@ -106,7 +105,7 @@ def mode_rows(found: Estimate) -> list[list[str]]:
     """Of the fullest stage with each mode; the heads first."""
     rows = [["recompute", "activations", "encoder", "working", "total, GiB", "step s", ""]]
     for mode, other in recomputing(found).items():
-        memory = max((stage.memory for stage in other.stages), key=lambda m: m.total)
+        memory = other.stages[other.fullest].memory
         parts = (memory.activations, memory.encoder, memory.working, memory.total)
         rows.append([mode, *map(_gib, parts), f"{other.step_seconds:.3f}", "fits" if other.fits else "does not fit"])
     return rows

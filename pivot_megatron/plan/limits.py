@@ -34,8 +34,7 @@ def spent(found: Estimate) -> dict[str, float]:
 def limited_by(found: Estimate) -> str:
     """In a few words: where a layout does not fit, by how much and on which stage; else what takes most of its step."""
     if not found.fits:
-        stage = max(range(len(found.stages)), key=lambda n: found.stages[n].memory.total)
         over = found.peak_bytes - found.machine.memory
-        return f"memory: does not fit, {over / GIB:.1f} GiB too much on stage {stage}"
+        return f"memory: does not fit, {over / GIB:.1f} GiB too much on stage {found.fullest}"
     what, seconds = max(spent(found).items(), key=lambda item: item[1])
     return f"{what}, {seconds / found.step_seconds:.0%}"

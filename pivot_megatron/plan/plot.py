@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from pivot_megatron.plan.limits import spent
 from pivot_megatron.plan.memory import Memory
 from pivot_megatron.plan.scaling import Point, Scaling
 
-_COLOURS = ("#2f6fb3", "#d07a12", "#0f8a6a", "#8a54b0", "#b8903a", "#c2453c", "#5fa3d9", "#7b8088", "#44484f")
+_COLOURS = (
+    "#2f6fb3",
+    "#d07a12",
+    "#0f8a6a",
+    "#8a54b0",
+    "#b8903a",
+    "#c2453c",
+    "#5fa3d9",
+    "#7b8088",
+    "#44484f",
+    "#b0679b",
+)
 
 
 def write_plan_plot(estimates: Sequence[Estimate], path: Path) -> None:
@@ -63,13 +75,13 @@ def _ideal(points: Sequence[Point]) -> tuple[list[int], list[float]]:
 
 
 def _memory(found: Estimate) -> dict[str, float]:
-    fullest = max((stage.memory for stage in found.stages), key=lambda memory: memory.total)
+    fullest = found.stages[found.fullest].memory
     return {field.name: getattr(fullest, field.name) / GIB for field in fields(Memory)}
 
 
 def _stacks(axes: Any, names: Sequence[str], bars: Sequence[Mapping[str, float]]) -> None:
     below = [0.0] * len(bars)
-    for colour, part in zip(_COLOURS, bars[0], strict=False):
+    for colour, part in zip(cycle(_COLOURS), bars[0], strict=False):
         heights = [bar[part] for bar in bars]
         if any(heights):
             axes.bar(range(len(bars)), heights, bottom=below, width=0.6, color=colour, label=part)

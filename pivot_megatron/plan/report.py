@@ -139,7 +139,7 @@ def _page(report: Report, versions: Mapping[str, str], folder: Path) -> Page:
             "Memory of the first, GiB",
             [
                 Table(memory_rows(best), ()),
-                *(Table([["part", "how", "GiB"], *arithmetic(best, n)], (0, 1)) for n in _ends(best)),
+                Table([["part", "how", "GiB"], *arithmetic(best, best.fullest)], (0, 1)),
             ],
             lead="Of a rank of every stage at its fullest moment; below, how the fullest stage's comes about.",
         ),
@@ -162,11 +162,6 @@ def _page(report: Report, versions: Mapping[str, str], folder: Path) -> Page:
     if report.dry_run:
         sections.append(Section("Dry run", [], lead=" ".join(report.dry_run.table().splitlines()[-1:])))
     return Page(f"Plan of {report.run}", lead, sections, facts(report.planned, plan), versions)
-
-
-def _ends(found: Estimate) -> list[int]:
-    """The fullest stage."""
-    return [max(range(len(found.stages)), key=lambda n: found.stages[n].memory.total)]
 
 
 def _picture(path: Path, name: str) -> Pictures:

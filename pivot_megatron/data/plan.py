@@ -23,14 +23,15 @@ def plan_micro_batches(
 
     Every rank gets the same number of micro-batches, the least multiple of `multiple` that will do (some may be empty). The
     costliest samples are placed first, each where the least work stands and it still fits, which keeps the slowest
-    micro-batch within 4/3 of the best possible where the budget does not interfere (Graham 1969). A sample past the budget
-    gets a micro-batch of its own. A function of its arguments alone.
+    micro-batch within 4/3 of the best possible where the budget does not interfere (Graham 1969). Micro-batches are dealt out to
+    the ranks in turn, for of samples that are alike the first ones get one more. A sample past the budget gets a micro-batch
+    of its own. A function of its arguments alone.
     """
     least = max(1, -(-sum(s.tokens for s in sizes) // (ranks * most_tokens)))
     count = -(-least // multiple) * multiple
     while (bins := _placed(sizes, ranks * count, most_tokens, most_images)) is None:
         count += multiple
-    return [[sorted(b) for b in bins[rank * count : (rank + 1) * count]] for rank in range(ranks)]
+    return [[sorted(b) for b in bins[rank::ranks]] for rank in range(ranks)]
 
 
 def _placed(sizes: Sequence[Size], bins: int, most_tokens: int, most_images: int | None) -> list[list[int]] | None:

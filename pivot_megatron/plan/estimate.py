@@ -68,7 +68,8 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`flops`: of a step's operations over all ranks, padding and all, but for what is made anew. `packs`: micro-batches of the rank with the most work."""
+    """`flops`: of a step's operations over all ranks, padding and all, but for what is made anew. `packs`: micro-batches of the
+    rank with the most work."""
 
     subject: Subject
     layout: Layout

@@ -94,6 +94,7 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
         if one.memory.logits
         else "none on this stage",
         "working": "one layer's backward pass, with what it makes anew",
+        "reduction": "what gradients are copied to while they are reduced" if one.memory.reduction else "in place",
         "reference": "a frozen model's weights" if one.memory.reference else "none: not run within a step",
         "process": "before any model: context, libraries, buffers of collectives",
     }

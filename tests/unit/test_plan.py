@@ -39,6 +39,13 @@ def test_known_schedule() -> None:
     assert sorted(sum(sizes[i].flops for i in batch) for (batch,) in plan) == [8, 8, 11]
 
 
+def test_samples_that_are_alike_are_shared_out_evenly() -> None:
+    """256 of 1,036 tokens over eight ranks, seven to a micro-batch: forty of six or seven, and no rank with more than another."""
+    plan = plan_micro_batches([Size(1036, 1, 1.0)] * 256, 8, 8192, None)
+    assert [len(batches) for batches in plan] == [5] * 8
+    assert [sum(map(len, batches)) for batches in plan] == [32] * 8
+
+
 def test_more_micro_batches_where_one_is_too_small() -> None:
     sizes = [Size(60, 1, 1.0)] * 4
     assert [len(batches) for batches in plan_micro_batches(sizes, 1, 100, None)] == [4]
@@ -67,7 +74,8 @@ def test_each_goes_where_the_least_work_stands_of_all_that_it_fits(sizes, ranks,
 
     plan = plan_micro_batches(sizes, ranks, tokens, images, multiple)
     expected = placed(ranks * len(plan[0]))
-    assert expected is not None and [b for rank in plan for b in rank] == [sorted(b) for b in expected]
+    dealt = [rank[turn] for turn in range(len(plan[0])) for rank in plan]
+    assert expected is not None and dealt == [sorted(b) for b in expected]
     if len(plan[0]) > multiple and ranks * (len(plan[0]) - multiple) * tokens >= sum(s.tokens for s in sizes):
         assert placed(ranks * (len(plan[0]) - multiple)) is None
 

@@ -23,7 +23,7 @@ from pivot_megatron.bench.report import GIGA
 from pivot_megatron.bench.report import machine as machine_facts
 from pivot_megatron.config.schema import Precision
 from pivot_megatron.errors import UserError
-from pivot_megatron.plan.machine import Attention, Link, Machine, Rates, Roofline
+from pivot_megatron.plan.machine import COLLECTIVES, Attention, Link, Links, Machine, Rates, Roofline
 from pivot_megatron.runtime.device import (
     available_cores,
     current_platform,
@@ -64,7 +64,7 @@ def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calib
         found[count] = _measured(count, precision)
     rates = {count: rates_from(measured.samples, measured.peak, precision.compute) for count, measured in found.items()}
     widest = found[max(found)]
-    node = link_from(widest.samples)
+    node = links_from(widest.samples)
     facts = machine_facts()
     machine = Machine(
         name=device_name() or f"{facts['processor']}, cores: {facts['cores']}",
@@ -166,16 +166,31 @@ def fitted(samples: Sequence[Sample]) -> Roofline:
     return Roofline(float(rate), float(bandwidth), float(start))
 
 
-def link_from(samples: Sequence[Sample]) -> Link:
-    """Time and bandwidth of a message by least squares of logarithms. A lone process sends none: its link is its memory."""
-    sent = [sample for sample in samples if sample.what == "message"]
-    if not sent:
-        return Link(0.0, _bandwidth([sample for sample in samples if sample.what == "elementwise"]))
-    line = fitted([Sample(s.what, s.kernel, s.dtype, s.traffic, s.traffic, s.seconds) for s in sent])
-    return Link(line.seconds, min(line.flops, line.bandwidth))
+def links_from(samples: Sequence[Sample]) -> Links:
+    """A lone process sends nothing: its links are its memory."""
+    memory = Link(0.0, _bandwidth([sample for sample in samples if sample.what == "elementwise"]))
+
+    def of(kind: str) -> Link:
+        sent = [sample for sample in samples if sample.what == kind]
+        return fitted_link(sent) if sent else memory
+
+    return Links(of("gather"), of("scatter"), of("reduce"), of("send"))
 
 
-def _errors(found: Mapping[int, _Measured], rates: Mapping[int, Rates], node: Link) -> dict[str, tuple[float, float]]:
+def fitted_link(samples: Sequence[Sample]) -> Link:
+    """The time and bandwidth of a message with the least squared error of the logarithm."""
+    traffic, seconds = (np.array([getattr(s, name) for s in samples]) for name in ("traffic", "seconds"))
+
+    def residuals(logs: Any) -> Any:
+        start, bandwidth = np.exp(logs)
+        return np.log((start + traffic / bandwidth) / seconds)
+
+    begin = np.log([float(np.min(seconds)), float(np.max(traffic / seconds))])
+    start, bandwidth = np.exp(least_squares(residuals, begin).x)
+    return Link(float(start), float(bandwidth))
+
+
+def _errors(found: Mapping[int, _Measured], rates: Mapping[int, Rates], node: Links) -> dict[str, tuple[float, float]]:
     ratios: dict[str, list[float]] = {}
     for count, measured in found.items():
         for sample in measured.samples:
@@ -184,14 +199,14 @@ def _errors(found: Mapping[int, _Measured], rates: Mapping[int, Rates], node: Li
     return {what: (median(each), max(each)) for what, each in ratios.items()}
 
 
-def _fitted_seconds(sample: Sample, rates: Rates, node: Link) -> float:
+def _fitted_seconds(sample: Sample, rates: Rates, node: Links) -> float:
     if sample.what == "gemm":
         return rates.gemm[sample.dtype].time(sample.flops, sample.traffic)
     if sample.what.startswith("attention"):
         kernel = rates.attention[sample.dtype]
         return sample.flops / (kernel.forward if sample.what.endswith("forward") else kernel.backward)
-    if sample.what == "message":
-        return node.seconds + sample.traffic / node.bandwidth
+    if sample.what in COLLECTIVES:
+        return node.of(sample.what).time(sample.traffic)
     return {"elementwise": sample.traffic / rates.elementwise, "update": sample.traffic / rates.update}.get(
         sample.what, rates.launch
     )
@@ -212,7 +227,9 @@ def as_text(found: Calibration) -> str:
                 f"optimizer {rates.update / GIGA:.1f} GB/s",
             ]
     if machine.devices_a_node > 1:
-        lines.append(f"messages: {machine.node.seconds * 1e6:.0f} us and {machine.node.bandwidth / GIGA:.2f} GB/s")
+        sent = {kind: machine.node.of(kind) for kind in COLLECTIVES}
+        told = (f"{kind} {link.seconds * 1e6:.0f} us, {link.bandwidth / GIGA:.2f} GB/s" for kind, link in sent.items())
+        lines.append(f"messages: {'; '.join(told)}")
     lines += ["", "fitted times against measured, factor: median, largest"]
     lines += [f"  {what:<20} {middle:.2f}, {most:.2f}" for what, (middle, most) in found.error.items()]
     return "\n".join(lines)

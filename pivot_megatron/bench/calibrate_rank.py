@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
+from itertools import cycle
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from pivot_megatron.runtime.stopwatch import Stopwatch
 
 _LEAST = 0.04  # seconds that a kernel is run for before its time is taken, and how often that is done
 _TIMES = 7
+_PAST_CACHES = 400e6  # bytes that a kernel's operands are taken from in turn
+_MOST_COPIES = 100
 _REDUCED = 100_000_000  # float32 numbers
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -110,25 +113,42 @@ def messages_seconds(run: Callable[[], object]) -> float:
         if current_platform().is_cuda:
             dist.barrier()
         found.append(time.perf_counter() - began)
-    return median(found)
+    return min(found)
 
 
 def _products(sizes: Sizes, dtype: str) -> Iterator[Sample]:
-    """A linear's forward product, and both of its backward pass, as torch lays them out."""
-    device, kind = current_platform().device, _DTYPES[dtype]
-    size = kind.itemsize
+    """A linear's forward product, and both of its backward pass, as torch lays them out, on operands that no cache holds: so a
+    model's are, of which each layer has its own."""
+    size = _DTYPES[dtype].itemsize
     for m in sizes.tokens:
         for n, k in sizes.weights:
-            x, w, y = (torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k), (m, n)))
-            for name, a, b in (("forward", x, w.t()), ("input", y, w), ("weight", y.t(), x)):
-                out = torch.mm(a, b)
-                run = _times(a, b, out)
-                traffic = float(size * (m * n + n * k + m * k))
-                yield Sample("gemm", f"{name} {m}x{n}x{k}", dtype, 2.0 * m * n * k, traffic, seconds_of(run))
+            traffic = float(size * (m * n + n * k + m * k))
+            copies = max(1, min(_MOST_COPIES, int(_PAST_CACHES // traffic)))
+            made = [_operands(m, n, k, dtype) for _ in range(copies)]
+            ways = {
+                "forward": [(x, w.t(), y) for x, w, y in made],
+                "input": [(y, w, x) for x, w, y in made],
+                "weight": [(y.t(), x, w) for x, w, y in made],
+            }
+            for name, operands in ways.items():
+                seconds = seconds_of(_products_in_turn(operands))
+                yield Sample("gemm", f"{name} {m}x{n}x{k}", dtype, 2.0 * m * n * k, traffic, seconds)
 
 
-def _times(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
-    return lambda: torch.mm(a, b, out=out)
+def _operands(m: int, n: int, k: int, dtype: str) -> tuple[Tensor, ...]:
+    """A linear's input, weight and output."""
+    device, kind = current_platform().device, _DTYPES[dtype]
+    return tuple(torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k), (m, n)))
+
+
+def _products_in_turn(operands: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
+    turns = cycle(operands)
+
+    def run() -> None:
+        a, b, out = next(turns)
+        torch.mm(a, b, out=out)
+
+    return run
 
 
 def _attention(sizes: Sizes, dtype: str) -> Iterator[Sample]:
@@ -165,23 +185,24 @@ def _elementwise(sizes: Sizes, dtype: str) -> Iterator[Sample]:
     device, kind = current_platform().device, _DTYPES[dtype]
     tokens = max(sizes.tokens)
     for columns, rows in {c: r for r, c in sizes.weights}.items():  # each width once
-        norm = RmsNorm(columns, 1e-6, kind).to(device)
-        x = torch.randn(tokens, columns, device=device, dtype=kind, requires_grad=True)
-        both = torch.randn(tokens, 2 * rows, device=device, dtype=kind, requires_grad=True)
-        slope, wide = torch.randn_like(x), torch.randn(tokens, rows, device=device, dtype=kind)
-        swiglu = SwiGlu(None)
+        norm, swiglu = RmsNorm(columns, 1e-6, kind).to(device), SwiGlu(None)
+        bytes_each = 3 * tokens * (columns + rows) * kind.itemsize
+        copies = range(max(1, min(_MOST_COPIES, int(_PAST_CACHES // bytes_each))))
+        narrow = cycle([_with_slope(tokens, columns, columns, kind) for _ in copies])
+        wide = cycle([_with_slope(tokens, 2 * rows, rows, kind) for _ in copies])
 
-        def normed(norm: RmsNorm = norm, x: Tensor = x, slope: Tensor = slope) -> None:
+        def normed(norm: RmsNorm = norm, turns: Iterator[tuple[Tensor, Tensor]] = narrow) -> None:
+            x, slope = next(turns)
             torch.autograd.grad(norm(x), [x, norm.weight], slope)
 
-        def gated(swiglu: SwiGlu = swiglu, both: Tensor = both, wide: Tensor = wide) -> None:
-            torch.autograd.grad(swiglu(both), both, wide)
+        def gated(swiglu: SwiGlu = swiglu, turns: Iterator[tuple[Tensor, Tensor]] = wide) -> None:
+            both, slope = next(turns)
+            torch.autograd.grad(swiglu(both), both, slope)
 
-        def summed(x: Tensor = x, slope: Tensor = slope) -> None:
+        def summed(turns: Iterator[tuple[Tensor, Tensor]] = narrow) -> None:
             with torch.no_grad():
-                torch.add(x, slope)
+                torch.add(*next(turns))
 
-        size = kind.itemsize
         touched: dict[str, tuple[Callable[[], object], float]] = {
             "norm": (normed, sum(NORM_PASSES["RMSNorm"]) * tokens * columns),
             "swiglu": (gated, sum(SWIGLU_PASSES) * tokens * rows),
@@ -189,7 +210,15 @@ def _elementwise(sizes: Sizes, dtype: str) -> Iterator[Sample]:
         }
         for name, (run, entries) in touched.items():
             width = rows if name == "swiglu" else columns
-            yield Sample("elementwise", f"{name} {tokens}x{width}", dtype, 0.0, size * entries, seconds_of(run))
+            traffic = kind.itemsize * entries
+            yield Sample("elementwise", f"{name} {tokens}x{width}", dtype, 0.0, traffic, seconds_of(run))
+
+
+def _with_slope(tokens: int, columns: int, out: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An input, and what comes back to its output."""
+    device = current_platform().device
+    x = torch.randn(tokens, columns, device=device, dtype=kind, requires_grad=True)
+    return x, torch.randn(tokens, out, device=device, dtype=kind)
 
 
 def _update(sizes: Sizes) -> Sample:
@@ -225,24 +254,28 @@ def _launch() -> Sample:
 
 
 def _messages(sizes: Sizes) -> Iterator[Sample]:
-    """Ring collectives over all processes, with the bytes that one sends."""
-    device, world = current_platform().device, dist.get_world_size()
+    """Collectives over all processes, with the bytes that one sends in a ring, and messages to the next process."""
+    device, world, rank = current_platform().device, dist.get_world_size(), dist.get_rank()
     share = (world - 1) / world
     for size in sizes.messages:
         whole = torch.zeros(world * -(-size // (4 * world)), device=device)
         part = torch.zeros(whole.numel() // world, device=device)
         sent = share * whole.numel() * 4
-        gathered = _gathering(whole, part)
-        yield Sample("message", f"all-gather {size}", "fp32", 0.0, sent, messages_seconds(gathered))
-        yield Sample("message", f"all-reduce {size}", "fp32", 0.0, 2 * sent, messages_seconds(_reducing(whole)))
+        for kind, run, traffic in (
+            ("gather", partial(dist.all_gather_into_tensor, whole, part), sent),
+            ("scatter", partial(dist.reduce_scatter_tensor, part, whole), sent),
+            ("reduce", partial(dist.all_reduce, whole), 2 * sent),
+            ("send", partial(_pass_on, part, rank, world), part.numel() * 4.0),
+        ):
+            there_and_back = 2 if kind == "send" else 1
+            yield Sample(kind, str(size), "fp32", 0.0, traffic, messages_seconds(run) / there_and_back)
 
 
-def _gathering(whole: Tensor, part: Tensor) -> Callable[[], object]:
-    return lambda: dist.all_gather_into_tensor(whole, part)
-
-
-def _reducing(whole: Tensor) -> Callable[[], object]:
-    return lambda: dist.all_reduce(whole)
+def _pass_on(part: Tensor, rank: int, world: int) -> None:
+    """From the first process to the second and back, half of which is one message."""
+    if rank < 2 <= world:
+        for source in (0, 1):
+            (dist.send(part, 1 - rank) if rank == source else dist.recv(part, 1 - rank))
 
 
 def reduction_copy() -> float:

@@ -248,7 +248,7 @@ class _Passages:
         self, model: Model, machine: Machine, gpus: int, rules: tuple[ParameterRule, ...], packs: Sequence[Pack]
     ) -> None:
         self._model, self._rules = model, rules
-        self._rates, self._link = machine.rates_of(gpus), machine.link(model.layout.tensor)
+        self._rates, self._links = machine.rates_of(gpus), machine.links(model.layout.tensor)
         self._packs = Counter(packs)
         self._known: dict[tuple[int, bool, bool], tuple[Passage, Passage, float]] = {}
 
@@ -268,8 +268,8 @@ class _Passages:
             weights = _weights(self._model.arch, self._model.layout.tensor, chunk, self._rules)
             works = [(self._model.work(chunk, pack, weights), n) for pack, n in self._packs.items()]
             count = sum(self._packs.values())
-            both = [(passage(work, self._rates, self._link), n) for work, n in works]
-            ahead = [(passage(work.forward_only, self._rates, self._link), n) for work, n in works]
+            both = [(passage(work, self._rates, self._links), n) for work, n in works]
+            ahead = [(passage(work.forward_only, self._rates, self._links), n) for work, n in works]
             flops = sum(n * work.useful_flops for work, n in works)
             self._known[kind] = (_mean(both, count), _mean(ahead, count), flops)
         return self._known[kind]
@@ -320,11 +320,11 @@ def _stage_messages(
     """Seconds a micro-batch that a stage sends and receives for, activations and their gradients, to the next one and back."""
     if layout.pipeline == 1:
         return 0.0
-    link = machine.link(2, layout.tensor * data_parallel)
+    link = machine.links(2, layout.tensor * data_parallel).send
     size = 2 if model.precision.compute == "bf16" else 4
     sent = size * pack.tokens * model.arch.head.hidden / layout.tensor
     crossings = 2 * layout.virtual_pipeline - (stage == 0) - (stage == layout.pipeline - 1)
-    return 2 * crossings * (link.seconds + sent / link.bandwidth)
+    return 2 * crossings * link.time(sent)
 
 
 def _shared_words(arch: Architecture, layout: Layout, stage: int) -> int:

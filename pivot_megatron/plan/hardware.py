@@ -12,7 +12,7 @@ import yaml
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture
-from pivot_megatron.plan.machine import Attention, Link, Machine, Rates, Roofline
+from pivot_megatron.plan.machine import Attention, Link, Links, Machine, Rates, Roofline
 
 GIB = 2.0**30
 _FOLDER = Path(__file__).parent
@@ -40,6 +40,10 @@ def gpu(name: str) -> Machine:
         shares: Mapping[str, float] = assumed["attention_share"]
         return Attention(of * shares["forward"], of * shares["backward"], 0.0)
 
+    def links(kind: str) -> Links:
+        one = Link(pauses[kind], sheet[f"{kind}_gigabytes_a_second"] * 1e9 * assumed["link_share"])
+        return Links(one, one, one, one)
+
     return Machine(
         name=sheet["name"],
         source=f"{sheet['source']}; assumptions of hardware.yaml",
@@ -59,8 +63,8 @@ def gpu(name: str) -> Machine:
                 launch=pauses["kernel"],
             )
         },
-        node=Link(pauses["link"], sheet["link_gigabytes_a_second"] * 1e9 * assumed["link_share"]),
-        network=Link(pauses["network"], sheet["network_gigabytes_a_second"] * 1e9 * assumed["link_share"]),
+        node=links("link"),
+        network=links("network"),
         logits_tile=assumed["logits_tile_mebibytes"] * 2.0**20,
         transformer_engine=True,
         reduction_copy=0.0,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pivot_megatron.plan.machine import Collective
 from pivot_megatron.plan.workload import visible
 
 Kind = Literal["gemm", "attention", "elementwise", "message"]
@@ -14,7 +15,7 @@ Kind = Literal["gemm", "attention", "elementwise", "message"]
 @dataclass(frozen=True)
 class Operation:
     """`flops`; `traffic`: bytes read and written, or those of a message; `launches`: kernels, messages or segments. A product
-    names the `dtype` of its inputs."""
+    names the `dtype` of its inputs, a message what is sent."""
 
     name: str
     kind: Kind
@@ -22,6 +23,7 @@ class Operation:
     traffic: float = 0.0
     launches: float = 1.0
     dtype: str = "bf16"
+    collective: Collective = "send"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def messages(
         return []
     factor = (2.0 if name == "reduce" else 1.0) * (ranks - 1) / ranks
     sent = factor * sum(tokens) * width * numbers.size
-    return [Operation(f"tensor-parallel {name}", "message", traffic=sent, launches=len(tokens))]
+    return [Operation(f"tensor-parallel {name}", "message", traffic=sent, launches=len(tokens), collective=name)]
 
 
 def _elementwise(name: str, numbers: Numbers, touched: float) -> Operation:

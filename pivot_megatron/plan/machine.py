@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -41,10 +41,31 @@ class Attention(Strict):
 
 @dataclass(frozen=True)
 class Link(Strict):
-    """One device's messages, one way: `seconds` that a message takes by itself, and bytes a second."""
+    """One device's messages of one kind, one way: `seconds` that each takes by itself, and bytes a second."""
 
     seconds: float
     bandwidth: float
+
+    def time(self, traffic: float, messages: float = 1.0) -> float:
+        """Seconds. `traffic`: bytes that one device sends in all of them."""
+        return messages * self.seconds + traffic / self.bandwidth
+
+
+Collective = Literal["gather", "scatter", "reduce", "send"]
+COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
+
+
+@dataclass(frozen=True)
+class Links(Strict):
+    """By what is sent: an all-gather, a reduce-scatter, an all-reduce, or a message from one device to another."""
+
+    gather: Link
+    scatter: Link
+    reduce: Link
+    send: Link
+
+    def of(self, collective: Collective) -> Link:
+        return {"gather": self.gather, "scatter": self.scatter, "reduce": self.reduce, "send": self.send}[collective]
 
 
 @dataclass(frozen=True)
@@ -75,8 +96,8 @@ class Machine(Strict):
     memory: float
     process: float
     rates: Mapping[int, Rates]
-    node: Link
-    network: Link
+    node: Links
+    network: Links
     logits_tile: float
     transformer_engine: bool
     reduction_copy: float
@@ -87,7 +108,7 @@ class Machine(Strict):
         known = [count for count in self.rates if count <= beside]
         return self.rates[max(known) if known else min(self.rates)]
 
-    def link(self, devices: int, apart: int = 1) -> Link:
+    def links(self, devices: int, apart: int = 1) -> Links:
         """Of a group of `devices` that stand `apart` ranks from one another: within a node as long as they all fit into one."""
         return self.node if self.within_node(devices, apart) else self.network
 

@@ -237,7 +237,8 @@ def _repeated(operations: Iterable[Operation], times: int) -> list[Operation]:
 
 
 def _scaled(op: Operation, factor: float) -> Operation:
-    return Operation(op.name, op.kind, op.flops * factor, op.traffic * factor, op.launches * factor, op.dtype)
+    costs = (op.flops * factor, op.traffic * factor, op.launches * factor)
+    return Operation(op.name, op.kind, *costs, op.dtype, op.collective)
 
 
 def _share(operations: Iterable[Operation], trained: float) -> list[Operation]:

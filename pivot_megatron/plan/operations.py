@@ -37,7 +37,7 @@ class Spent:
 
 def operations(found: Estimate, stage: int) -> list[Spent]:
     """In the order in which they first come. Their seconds come to the stage's passage, less what it sends to other stages."""
-    rates, link = found.machine.rates_of(found.gpus), found.machine.link(found.layout.tensor)
+    rates, links = found.machine.rates_of(found.gpus), found.machine.links(found.layout.tensor)
     count, model = len(found.packs), found.model
     together: dict[tuple[str, str, str], Spent] = {}
     for pack, packs in Counter(found.packs).items():
@@ -47,7 +47,7 @@ def operations(found: Estimate, stage: int) -> list[Spent]:
             for way, parts in (("forward", work.forward), ("backward", work.backward)):
                 for part, ops in parts.items():
                     for op in ops:
-                        took = share * seconds(op, rates, link, way == "backward")
+                        took = share * seconds(op, rates, links, way == "backward")
                         sizes = (share * op.launches, share * op.flops, share * op.traffic, took)
                         one = Spent(part, way, op.name, op.kind, *sizes)
                         key = (part, way, op.name)

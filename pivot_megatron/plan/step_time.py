@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pivot_megatron.config.schema import Layout, Precision
 from pivot_megatron.plan.layer_work import Operation
-from pivot_megatron.plan.machine import Link, Machine, Rates
+from pivot_megatron.plan.machine import Links, Machine, Rates
 from pivot_megatron.plan.memory import weight_bytes
 from pivot_megatron.plan.model_work import Part, Work
 
@@ -32,7 +32,7 @@ class Passage:
         return Passage(factor * self.encoder, factor * self.head, factor * self.messages)
 
 
-def seconds(op: Operation, rates: Rates, link: Link, back: bool) -> float:
+def seconds(op: Operation, rates: Rates, links: Links, back: bool) -> float:
     if op.kind == "gemm":
         line = rates.gemm[op.dtype]
         return op.launches * line.seconds + max(op.flops / line.flops, op.traffic / line.bandwidth)
@@ -43,11 +43,11 @@ def seconds(op: Operation, rates: Rates, link: Link, back: bool) -> float:
         return op.launches * kernel.seconds + op.flops / rate
     if op.kind == "elementwise":
         return op.launches * rates.launch + op.traffic / rates.elementwise
-    return op.launches * link.seconds + op.traffic / link.bandwidth
+    return links.of(op.collective).time(op.traffic, op.launches)
 
 
-def passage(work: Work, rates: Rates, link: Link) -> Passage:
-    """`link`: between tensor-parallel ranks."""
+def passage(work: Work, rates: Rates, links: Links) -> Passage:
+    """`links`: between tensor-parallel ranks."""
 
     def of(part: Part, messages: bool) -> float:
         ways: tuple[tuple[Mapping[Part, Iterable[Operation]], bool], ...] = (
@@ -55,7 +55,7 @@ def passage(work: Work, rates: Rates, link: Link) -> Passage:
             (work.backward, True),
         )
         return sum(
-            seconds(op, rates, link, back)
+            seconds(op, rates, links, back)
             for way, back in ways
             for op in way[part]
             if (op.kind == "message") == messages
@@ -94,15 +94,15 @@ def ends(
     rates = machine.rates_of(processes)
     size = weight_bytes(precision)
     share = (data_parallel - 1) / data_parallel
-    link = machine.link(data_parallel, layout.tensor)
-    reduced = 4.0 * trained * share / link.bandwidth + (link.seconds if data_parallel > 1 else 0.0)
-    gathered = size * trained * share / link.bandwidth + (link.seconds if data_parallel > 1 else 0.0)
+    links, several = machine.links(data_parallel, layout.tensor), data_parallel > 1
+    reduced = links.scatter.time(4.0 * trained * share) if several else 0.0
+    gathered = links.gather.time(size * trained * share) if several else 0.0
     if layout.overlap_gradient_reduce:
         reduced = max(0.0, reduced - backward_seconds)
     if layout.overlap_parameter_gather:
         gathered = max(0.0, gathered - backward_seconds / 2)
     if shared_words:
-        far = machine.link(2, processes - processes // layout.pipeline)
+        far = machine.links(2, processes - processes // layout.pipeline).reduce
         reduced += far.seconds + 4.0 * shared_words / far.bandwidth
     # The buffer is zeroed whole; a replica's share is read for the norm, scaled, and read and written by Adam: weight,
     # gradient and two moments, and once more in 16 bits.

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pivot_megatron.bench.calibrate import calibrate, fitted, link_from, rates_from
+from pivot_megatron.bench.calibrate import calibrate, fitted, links_from, rates_from
 from pivot_megatron.bench.calibrate_rank import Sample
 from pivot_megatron.cli import main
 from pivot_megatron.config.schema import Precision
 from pivot_megatron.errors import UserError
-from pivot_megatron.plan.machine import Roofline, read_machine
+from pivot_megatron.plan.machine import COLLECTIVES, Roofline, read_machine
 
 LINE = Roofline(flops=2e11, bandwidth=1.5e10, seconds=5e-6)
 
@@ -42,11 +42,15 @@ def test_noise_and_one_disturbed_product_move_it_little() -> None:
     assert found.seconds == pytest.approx(5e-6, rel=0.5)  # of which the few smallest products alone tell
 
 
-def test_a_link_is_found_again() -> None:
-    sent = [Sample("message", "", "fp32", 0.0, size, 2e-4 + size / 1.6e9) for size in (2e3, 7e5, 1.5e6, 2e7)]
-    found = link_from(sent)
-    # A roofline takes the longer of its two times, a link their sum: alike where one of them is most of it.
-    assert (found.seconds, found.bandwidth) == pytest.approx((2e-4, 1.6e9), rel=0.05)
+def test_links_are_found_again() -> None:
+    sizes = (2e3, 7e5, 1.5e6, 2e7)
+    scattered = [Sample("scatter", "", "fp32", 0.0, size, 2e-4 + size / 1.6e9) for size in sizes]
+    sent = [Sample("send", "", "fp32", 0.0, size, 1e-4 + size / 9e8) for size in sizes]
+    elementwise = [Sample("elementwise", "", "fp32", 0.0, 1e9, 0.1)]
+    found = links_from([*scattered, *sent, *elementwise])
+    assert (found.scatter.seconds, found.scatter.bandwidth) == pytest.approx((2e-4, 1.6e9), rel=1e-6)
+    assert (found.send.seconds, found.send.bandwidth) == pytest.approx((1e-4, 9e8), rel=1e-6)
+    assert (found.gather.seconds, found.gather.bandwidth) == (0.0, pytest.approx(1e10))
 
 
 def test_rates_are_of_everything_that_was_done() -> None:
@@ -83,6 +87,6 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         line, attention = rates.gemm["fp32"], rates.attention["fp32"]
         figures = (line.flops, line.bandwidth, attention.forward, attention.backward, rates.elementwise, rates.update)
         assert all(1e8 < figure < 1e14 for figure in figures)
-    assert 1e6 < machine.node.bandwidth < 1e12
+    assert all(1e6 < machine.node.of(kind).bandwidth < 1e12 for kind in COLLECTIVES)
     assert 1e8 < machine.process < machine.memory
     assert "fitted times against measured" in capsys.readouterr().out

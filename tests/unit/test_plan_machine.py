@@ -25,7 +25,7 @@ def test_every_gpu_has_its_source_and_sensible_rates() -> None:
         assert CONSTANTS["gpus"][name]["source"] in machine.source
         rates = machine.rates_of(8)
         assert rates.gemm["bf16"].flops < rates.peak["bf16"] and rates.attention["bf16"].backward < rates.peak["bf16"]
-        assert machine.network.bandwidth < machine.node.bandwidth < rates.elementwise
+        assert machine.network.send.bandwidth < machine.node.send.bandwidth < rates.elementwise
         assert machine.memory < CONSTANTS["gpus"][name]["gibibytes"] * 2**30
 
 
@@ -36,9 +36,9 @@ def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic() -> None:
 
 def test_links_by_where_ranks_stand() -> None:
     machine = gpu("h100")
-    assert machine.link(8) is machine.node and machine.link(9) is machine.network
-    assert machine.link(2, 4) is machine.node and machine.link(2, 8) is machine.network
-    assert machine.link(4, 2) is machine.node and machine.link(4, 3) is machine.network
+    assert machine.links(8) is machine.node and machine.links(9) is machine.network
+    assert machine.links(2, 4) is machine.node and machine.links(2, 8) is machine.network
+    assert machine.links(4, 2) is machine.node and machine.links(4, 3) is machine.network
 
 
 def test_rates_by_how_many_compute_side_by_side() -> None:

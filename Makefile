@@ -53,7 +53,7 @@ docs: $(STAMP)
 # What material says of a later mkdocs is no matter of ours: the version is pinned.
 site: export NO_MKDOCS_2_WARNING := 1
 site: $(SITE)
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 	@echo site/index.html
 
 constraints: $(DALI) $(SITE)

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from scipy.optimize import least_squares
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from pivot_megatron.bench import calibrate_rank
 from pivot_megatron.bench.calibrate_rank import Sample
-from pivot_megatron.bench.gemm import gemm_rate
+from pivot_megatron.bench.gemm import device_rate
 from pivot_megatron.bench.report import GIGA
 from pivot_megatron.bench.report import machine as machine_facts
 from pivot_megatron.config.schema import Precision
-from pivot_megatron.errors import UserError
+from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.plan.hardware import usable_share
 from pivot_megatron.plan.machine import COLLECTIVES, Attention, Link, Links, Machine, Rates, Roofline
 from pivot_megatron.runtime.device import (
     available_cores,
@@ -47,8 +48,9 @@ class Calibration:
 
 
 def default_processes() -> tuple[int, ...]:
-    """One, and as many as this machine has GPUs, or cores where it has none."""
-    return tuple(sorted({1, device_count() or available_cores()}))
+    """One, two, and as many as this machine has GPUs, or cores where it has none."""
+    most = device_count() or available_cores()
+    return tuple(sorted({1, min(2, most), most}))
 
 
 def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calibration:
@@ -71,10 +73,10 @@ def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calib
         source=f"pivot bench calibrate, {facts['date']}, torch {facts['torch']}",
         devices_a_node=max(found),
         memory=widest.memory,
-        process=median(measured.process for measured in found.values()),
+        process=widest.process,
         rates=rates,
         node=node,
-        network=node,  # of one machine there is no other link to measure
+        network=None,  # of one machine there is no other link to measure
         logits_tile=float(current_platform().logits_tile_bytes),
         transformer_engine=current_platform().transformer_engine,
         reduction_copy=widest.reduction_copy,
@@ -93,7 +95,11 @@ class _Measured:
 
 def _measured(count: int, precision: Precision) -> _Measured:
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (count, folder, precision), nprocs=count)
+        try:
+            spawn(_rank, (count, folder, precision), nprocs=count)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise RunError(f"bench calibrate: with processes at once: {count}, one failed: {last}") from None
         tree = json.loads(Path(folder, "measured.json").read_text())
     samples = tuple(Sample(**one) for one in tree.pop("samples"))
     return _Measured(samples, **tree)
@@ -108,9 +114,9 @@ def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
     copied = calibrate_rank.reduction_copy() if world > 1 else 0.0
     samples = list(calibrate_rank.measure(precision))
     dist.barrier()
-    peak = gemm_rate()
+    peak = device_rate(calibrate_rank.DTYPES[precision.compute])
     if rank == 0:
-        memory = whole if current_platform().is_cuda else whole / world
+        memory = usable_share() * whole if current_platform().is_cuda else whole / world
         found = {
             "samples": [asdict(s) for s in samples],
             "peak": peak,

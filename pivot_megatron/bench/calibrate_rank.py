@@ -27,8 +27,8 @@ _LEAST = 0.04  # seconds that a kernel is run for before its time is taken, and 
 _TIMES = 7
 _PAST_CACHES = 400e6  # bytes that a kernel's operands are taken from in turn
 _MOST_COPIES = 100
-_REDUCED = 100_000_000  # float32 numbers
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_REDUCED = 100_000_000  # float32 numbers, of all processes together
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def messages_seconds(run: Callable[[], object]) -> float:
 def _products(sizes: Sizes, dtype: str) -> Iterator[Sample]:
     """A linear's forward product, and both of its backward pass, as torch lays them out, on operands that no cache holds: so a
     model's are, of which each layer has its own."""
-    size = _DTYPES[dtype].itemsize
+    size = DTYPES[dtype].itemsize
     for m in sizes.tokens:
         for n, k in sizes.weights:
             traffic = float(size * (m * n + n * k + m * k))
@@ -137,7 +137,7 @@ def _products(sizes: Sizes, dtype: str) -> Iterator[Sample]:
 
 def _operands(m: int, n: int, k: int, dtype: str) -> tuple[Tensor, ...]:
     """A linear's input, weight and output."""
-    device, kind = current_platform().device, _DTYPES[dtype]
+    device, kind = current_platform().device, DTYPES[dtype]
     return tuple(torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k), (m, n)))
 
 
@@ -152,7 +152,7 @@ def _products_in_turn(operands: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Call
 
 
 def _attention(sizes: Sizes, dtype: str) -> Iterator[Sample]:
-    device, kind = current_platform().device, _DTYPES[dtype]
+    device, kind = current_platform().device, DTYPES[dtype]
     for heads, groups, width, tokens, causal in sizes.attention:
         kernel = build_kernel(Heads(heads, groups, width, width**-0.5, causal), kind)
         ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
@@ -182,7 +182,7 @@ def _attention(sizes: Sizes, dtype: str) -> Iterator[Sample]:
 
 def _elementwise(sizes: Sizes, dtype: str) -> Iterator[Sample]:
     """Norms, activations and residual sums, forward and backward, with the traffic that plans count for them."""
-    device, kind = current_platform().device, _DTYPES[dtype]
+    device, kind = current_platform().device, DTYPES[dtype]
     tokens = max(sizes.tokens)
     for columns, rows in {c: r for r, c in sizes.weights}.items():  # each width once
         norm, swiglu = RmsNorm(columns, 1e-6, kind).to(device), SwiGlu(None)
@@ -281,9 +281,10 @@ def _pass_on(part: Tensor, rank: int, world: int) -> None:
 def reduction_copy() -> float:
     """Bytes that a reduction over all processes takes beside each of its buffer's. To be called before anything has taken, and
     given back, more memory than that."""
-    buffer = torch.ones(_REDUCED, device=current_platform().device)
+    world = dist.get_world_size()
+    buffer = torch.ones(_REDUCED // world**2 * world, device=current_platform().device)
     whole = buffer.numel() * buffer.element_size()
-    part = buffer.chunk(dist.get_world_size())[dist.get_rank()]
+    part = buffer.chunk(world)[dist.get_rank()]
     before = peak_memory()
     dist.reduce_scatter_tensor(part, buffer)
     return (peak_memory() - before) / whole

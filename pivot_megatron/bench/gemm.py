@@ -21,6 +21,12 @@ def gemm_rate() -> float:
     return _rate(torch.device("cpu"), torch.float32, _CPU_SIZE)
 
 
+def device_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of large square products in `dtype` on what this process computes on."""
+    device = current_platform().device
+    return _rate(device, dtype, _CPU_SIZE if device.type == "cpu" else _GPU_SIZE)
+
+
 def machine_rate(processes: int) -> float:
     """FLOP/s of all that a run of `processes` on this machine computes on: its CPU cores in float32, or as many GPUs in bf16.
 
@@ -33,7 +39,7 @@ def machine_rate(processes: int) -> float:
 
 
 def _gpu_rate() -> float:
-    return _rate(current_platform().device, torch.bfloat16, _GPU_SIZE)
+    return device_rate(torch.bfloat16)
 
 
 def _rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

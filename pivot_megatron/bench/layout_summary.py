@@ -51,11 +51,10 @@ class LayoutSummary:
         return None if self.predicted is None else max(self.predicted.peak_bytes) / max(self.peak_bytes) - 1
 
 
-def summaries(found: LayoutBench, predictions: Mapping[str, Prediction] | None = None) -> list[LayoutSummary]:
-    """Of each layout that ran, the fastest first. `predictions`: by layout's name."""
-    known = predictions or {}
+def summaries(found: LayoutBench) -> list[LayoutSummary]:
+    """Of each layout that ran, the fastest first."""
     made = [
-        summarise(case, found.runs[case.name], found.gemm_peak, known.get(case.name))
+        summarise(case, found.runs[case.name], found.gemm_peak, found.predicted.get(case.name))
         for case in found.cases
         if found.runs[case.name]
     ]

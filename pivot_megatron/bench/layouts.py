@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,7 +15,7 @@ from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.shapes import shape_by_name
 from pivot_megatron.bench.world import make_world
 from pivot_megatron.errors import RunError, UserError
-from pivot_megatron.plan.machine import Machine
+from pivot_megatron.plan.machine import Machine, read_machine, require_rates
 from pivot_megatron.plan.prediction import Prediction
 from pivot_megatron.plan.subject import predict
 from pivot_megatron.runtime.device import device_count
@@ -32,7 +32,8 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class LayoutBench:
     """`subject`: what was run, in words. `gemm_peak`: FLOP/s, the best of all looks at the machine. `reference_seconds`: of the
-    whole reference pass, whenever it was made. `runs`: by layout's name, in the order they were made. `failed`: why, by name."""
+    whole reference pass, whenever it was made. `runs`: by layout's name, in the order they were made. `failed`: why, by name.
+    `predicted`: by name, where a machine was given."""
 
     subject: str
     processes: int
@@ -43,12 +44,13 @@ class LayoutBench:
     runs: Mapping[str, Sequence[LayoutRun]]
     failed: Mapping[str, str]
     misfits: Sequence[Misfit]
+    predicted: Mapping[str, Prediction]
 
 
 @dataclass(frozen=True)
 class Wanted:
     """`files`: a run's YAML, and layouts to lay over it. With `shape`, whose model and pairs are made, layouts alone. Without
-    layouts, every one of `processes`: one a GPU, or two, if left out."""
+    layouts, every one of `processes`: one a GPU, or two, if left out. `machine`: what a plan of each layout is made for."""
 
     files: Sequence[Path]
     overrides: Sequence[str]
@@ -58,12 +60,14 @@ class Wanted:
     steps: int
     repeat: bool
     out: Path
+    machine: Path | None = None
 
 
 def bench_layouts(wanted: Wanted, say: Say) -> LayoutBench:
     """Raises UserError for what measures nothing, an `out` that has files in it, or layouts of which none fits; RunError where
     every run fails."""
     processes = _checked_processes(wanted)
+    machine = read_machine(wanted.machine) if wanted.machine else None
     run, subject = (
         (wanted.files[0], str(wanted.files[0])) if wanted.shape is None else _made(wanted.shape, wanted.out, say)
     )
@@ -72,17 +76,23 @@ def bench_layouts(wanted: Wanted, say: Say) -> LayoutBench:
     cases, others = sorted_out(made or cases_of_processes(run, processes, wanted.overrides), processes)
     amount = Amount(wanted.rounds, WARM_UP, wanted.steps, DIVIDED, wanted.repeat)
     say(f"{len(cases)} layouts fit {processes} processes, {len(others)} do not")
+    predicted = _predictions(cases, amount, processes, machine) if machine else {}
     smallest = max(cases, key=lambda case: case.layout.model_parallel_size)  # of a rank's share of the model
     reference = make_reference(smallest.config, processes, wanted.out / "reference")
     peak, runs, failed = _runs(cases, amount, processes, wanted.out / "runs", say)
-    return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others)
+    return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others, predicted)
 
 
-def predictions(found: LayoutBench, machine: Machine) -> dict[str, Prediction]:
-    """What a plan for `machine` says of the timed steps, by layout's name."""
-    amount = found.amount
+def _predictions(cases: Sequence[Case], amount: Amount, processes: int, machine: Machine) -> dict[str, Prediction]:
+    """What a plan for `machine` says of the timed steps, by layout's name. Raises UserError where it has no rates for them."""
     steps = [0] if amount.repeat else range(amount.warm_up, amount.warm_up + amount.timed)
-    return {case.name: predict(case.config, found.processes, machine, steps) for case in found.cases}
+    own = machine.process if device_count() else 0.0  # on a GPU a run's peak is its tensors'
+    found = {}
+    for case in cases:
+        require_rates(machine, case.config.precision)
+        one = predict(case.config, processes, machine, steps)
+        found[case.name] = replace(one, peak_bytes=[int(peak - own) for peak in one.peak_bytes])
+    return found
 
 
 def in_turn(cases: Sequence[Case], number: int) -> Sequence[Case]:

@@ -45,8 +45,7 @@ def _layouts(args: argparse.Namespace) -> int:
     from pivot_megatron.bench.layout_page import layouts_page, write_plot
     from pivot_megatron.bench.layout_report import as_json, as_text
     from pivot_megatron.bench.layout_summary import summaries
-    from pivot_megatron.bench.layouts import Wanted, bench_layouts, predictions
-    from pivot_megatron.plan.machine import read_machine
+    from pivot_megatron.bench.layouts import Wanted, bench_layouts
     from pivot_megatron.report.facts import told, versions
     from pivot_megatron.report.page import write_page
 
@@ -60,10 +59,10 @@ def _layouts(args: argparse.Namespace) -> int:
         steps=args.steps,
         repeat=args.no_data,
         out=args.out,
+        machine=args.machine,
     )
-    machine = read_machine(args.machine) if args.machine else None
     found = bench_layouts(wanted, _say)
-    layouts = summaries(found, predictions(found, machine) if machine else None)
+    layouts = summaries(found)
     (args.out / "layouts.json").write_text(as_json(found, layouts) + "\n")
     plot = args.out / "layouts.png"
     write_plot(layouts, plot)

@@ -248,7 +248,7 @@ class _Passages:
         self, model: Model, machine: Machine, gpus: int, rules: tuple[ParameterRule, ...], packs: Sequence[Pack]
     ) -> None:
         self._model, self._rules = model, rules
-        self._rates, self._links = machine.rates_of(gpus), machine.links(model.layout.tensor)
+        self._rates, self._links = machine.rates_of(gpus), machine.links(model.layout.tensor, 1, gpus)
         self._packs = Counter(packs)
         self._known: dict[tuple[int, bool, bool], tuple[Passage, Passage, float]] = {}
 
@@ -320,7 +320,9 @@ def _stage_messages(
     """Seconds a micro-batch that a stage sends and receives for, activations and their gradients, to the next one and back."""
     if layout.pipeline == 1:
         return 0.0
-    link = machine.links(2, layout.tensor * data_parallel).send
+    link = machine.links(
+        layout.pipeline, layout.tensor * data_parallel, layout.model_parallel_size * data_parallel
+    ).send
     size = 2 if model.precision.compute == "bf16" else 4
     sent = size * pack.tokens * model.arch.head.hidden / layout.tensor
     crossings = 2 * layout.virtual_pipeline - (stage == 0) - (stage == layout.pipeline - 1)

@@ -77,6 +77,11 @@ def assumed_lengths(kind: str) -> Mapping[str, int]:
     return found
 
 
+def usable_share() -> float:
+    """Of a GPU's memory, what is taken to be fillable."""
+    return float(_constants("hardware.yaml")["assumptions"]["usable_share"])
+
+
 def published_configs(kind: str) -> dict[str, dict[str, Any]]:
     """`config.json` of `encoders` or `heads`, by name."""
     return {name: dict(config) for name, config in _constants("models.yaml")[kind].items()}

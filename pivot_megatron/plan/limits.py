@@ -14,11 +14,11 @@ def spent(found: Estimate) -> dict[str, float]:
     stages = len(found.packs) * slow.sends
     layout = found.layout
     near = {
-        machine.within_node(layout.tensor): parts["communication"] - replicas - stages,
+        machine.within_node(layout.tensor, 1, found.gpus): parts["communication"] - replicas - stages,
     }
     for seconds, within in (
-        (stages, machine.within_node(2, layout.tensor * found.data_parallel)),
-        (replicas, machine.within_node(found.data_parallel, layout.tensor)),
+        (stages, machine.within_node(layout.pipeline, layout.tensor * found.data_parallel, found.gpus)),
+        (replicas, machine.within_node(found.data_parallel, layout.tensor, found.gpus)),
     ):
         near[within] = near.get(within, 0.0) + seconds
     return {

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from pivot_megatron.config.schema import Strict
+from pivot_megatron.config.schema import Precision, Strict
 from pivot_megatron.errors import UserError
 
 
@@ -86,9 +86,10 @@ class Rates(Strict):
 class Machine(Strict):
     """`memory`: bytes of a device that a process may fill; `process`: bytes of it that a process takes before it holds a
     model. `rates`: by the number of a node's devices that compute at once, which on a CPU share its cores; the one for the
-    largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it.
-    `logits_tile`: bytes of logits that stand at once; `transformer_engine`: layers are its own. `reduction_copy`: bytes that a
-    reduction over replicas takes beside each of its buffer's: gloo works on a copy, NCCL in place."""
+    largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it, of which a
+    machine that was measured by itself knows nothing. `logits_tile`: bytes of logits that stand at once;
+    `transformer_engine`: layers are its own. `reduction_copy`: bytes that a reduction over replicas takes beside each of its
+    buffer's: gloo works on a copy, NCCL in place."""
 
     name: str
     source: str
@@ -97,7 +98,7 @@ class Machine(Strict):
     process: float
     rates: Mapping[int, Rates]
     node: Links
-    network: Links
+    network: Links | None
     logits_tile: float
     transformer_engine: bool
     reduction_copy: float
@@ -108,12 +109,33 @@ class Machine(Strict):
         known = [count for count in self.rates if count <= beside]
         return self.rates[max(known) if known else min(self.rates)]
 
-    def links(self, devices: int, apart: int = 1) -> Links:
-        """Of a group of `devices` that stand `apart` ranks from one another: within a node as long as they all fit into one."""
-        return self.node if self.within_node(devices, apart) else self.network
+    def links(self, devices: int, apart: int, world: int) -> Links:
+        """Of groups of `devices` that stand `apart` ranks from one another, of `world` ranks in all. Raises UserError where some
+        of them are on several nodes, and what is between is not known."""
+        if self.within_node(devices, apart, world):
+            return self.node
+        if self.network is None:
+            raise UserError(
+                f"{self.name}: expected devices of one node, up to {self.devices_a_node}, found {world}: the network between "
+                "nodes was not measured; write `network:` into the file, in the form of `node:`"
+            )
+        return self.network
 
-    def within_node(self, devices: int, apart: int = 1) -> bool:
-        return (devices - 1) * apart < self.devices_a_node
+    def within_node(self, devices: int, apart: int, world: int) -> bool:
+        """Whether every such group is on one node, ranks laid over nodes in order."""
+        block = devices * apart
+        return world <= self.devices_a_node or (block <= self.devices_a_node and self.devices_a_node % block == 0)
+
+
+def require_rates(machine: Machine, precision: Precision) -> None:
+    """Raises UserError where `machine` has none for what a run computes in."""
+    rates = machine.rates_of(1)
+    for dtype in (precision.compute, *(["fp8"] if precision.fp8 else [])):
+        if dtype not in rates.gemm or dtype not in rates.peak or precision.compute not in rates.attention:
+            raise UserError(
+                f"precision: {machine.name} has no rate of products in {dtype}, it has {', '.join(rates.gemm)}; plan another "
+                "machine, or set precision.compute and precision.fp8"
+            )
 
 
 _MACHINE = TypeAdapter(Machine)

@@ -37,7 +37,7 @@ class Spent:
 
 def operations(found: Estimate, stage: int) -> list[Spent]:
     """In the order in which they first come. Their seconds come to the stage's passage, less what it sends to other stages."""
-    rates, links = found.machine.rates_of(found.gpus), found.machine.links(found.layout.tensor)
+    rates, links = found.machine.rates_of(found.gpus), found.machine.links(found.layout.tensor, 1, found.gpus)
     count, model = len(found.packs), found.model
     together: dict[tuple[str, str, str], Spent] = {}
     for pack, packs in Counter(found.packs).items():

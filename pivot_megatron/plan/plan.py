@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pivot_megatron.config.schema import Layout, Precision, Recompute
+from pivot_megatron.config.schema import Layout, Recompute
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.fit import require_fit
 from pivot_megatron.plan.candidates import layouts
 from pivot_megatron.plan.estimate import Estimate, Subject, estimate
-from pivot_megatron.plan.machine import Machine
+from pivot_megatron.plan.machine import Machine, require_rates
 
 MODES = ("none", "selective", "full")
 """Of recomputing activations, encoder and language model alike; each keeps less than the one before, and takes longer."""
@@ -38,7 +38,7 @@ class Plan:
 def plan(subject: Subject, own: Layout, gpus: int, machine: Machine) -> Plan:
     """`own`: the run's layout, of which what is not planned stays. Raises UserError where the model cannot be cut over so many
     devices, or the machine does not compute in the run's precision."""
-    _require_rates(machine, subject.precision)
+    require_rates(machine, subject.precision)
     samples = subject.batch.global_size
     found = list(layouts(subject.arch, subject.precision, own, gpus, machine.devices_a_node, samples))
     if not found:
@@ -52,7 +52,7 @@ def plan(subject: Subject, own: Layout, gpus: int, machine: Machine) -> Plan:
 def plan_one(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> Plan:
     """Of one layout alone, with the run's own mode of recomputing and micro-batches. Raises UserError where the model cannot be
     cut so, or the devices do not divide."""
-    _require_rates(machine, subject.precision)
+    require_rates(machine, subject.precision)
     require_fit(subject.arch, layout, subject.precision)
     if gpus % layout.model_parallel_size:
         raise UserError(
@@ -65,17 +65,6 @@ def plan_one(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> P
 def recomputing(found: Estimate) -> dict[str, Estimate]:
     """The same with each of `MODES`."""
     return {mode: estimate(_with(found.subject, mode, 1.0), found.layout, found.gpus, found.machine) for mode in MODES}
-
-
-def _require_rates(machine: Machine, precision: Precision) -> None:
-    dtypes = [precision.compute, *(["fp8"] if precision.fp8 else [])]
-    rates = machine.rates_of(1)
-    for dtype in dtypes:
-        if dtype not in rates.gemm or dtype not in rates.peak:
-            raise UserError(
-                f"precision: {machine.name} has no rate of products in {dtype}, it has {', '.join(rates.gemm)}; plan another "
-                "machine, or set precision.compute and precision.fp8"
-            )
 
 
 def _rank(found: Estimate) -> tuple[bool, float]:

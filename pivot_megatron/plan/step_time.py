@@ -94,7 +94,7 @@ def ends(
     rates = machine.rates_of(processes)
     size = weight_bytes(precision)
     share = (data_parallel - 1) / data_parallel
-    links, several = machine.links(data_parallel, layout.tensor), data_parallel > 1
+    links, several = machine.links(data_parallel, layout.tensor, processes), data_parallel > 1
     reduced = links.scatter.time(4.0 * trained * share) if several else 0.0
     gathered = links.gather.time(size * trained * share) if several else 0.0
     if layout.overlap_gradient_reduce:
@@ -102,7 +102,7 @@ def ends(
     if layout.overlap_parameter_gather:
         gathered = max(0.0, gathered - backward_seconds / 2)
     if shared_words:
-        far = machine.links(2, processes - processes // layout.pipeline).reduce
+        far = machine.links(layout.pipeline, processes // layout.pipeline, processes).reduce
         reduced += far.seconds + 4.0 * shared_words / far.bandwidth
     # The buffer is zeroed whole; a replica's share is read for the norm, scaled, and read and written by Adam: weight,
     # gradient and two moments, and once more in 16 bits.

@@ -89,6 +89,38 @@ RUNS = (
     Run("pivot convert verify checkpoint --encoder clip-vit-large-patch14-336"),
     Run("pivot convert export checkpoint --part encoder --out export"),
     Run("pivot evolve configs/evolve/grow_7b.yaml --runs"),
+    Run(
+        "pivot plan configs/run/1a_align.yaml --encoder siglip2-so400m-patch16-384 --head qwen2.5-1.5b --samples 558000"
+    ),
+    Run(
+        "pivot plan configs/run/1b_pretrain.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-1.5b --samples 3000000"
+    ),
+    Run("pivot plan configs/run/2_dpo.yaml --encoder siglip2-so400m-patch16-384 --head qwen2.5-1.5b --samples 20000"),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-1.5b --samples 20000 --layout own --explain"
+    ),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-72b --samples 20000 --gpus 512 --top 5 --dry-run"
+    ),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b --samples 20000 --gpus 64"
+    ),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b --samples 20000 --gpus 64 --dry-run"
+    ),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b --samples 20000 --gpus 64 --top 5 --dry-run"
+    ),
+    Run(
+        "pivot plan configs/run/2_dpo.yaml "
+        "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b --samples 20000 --scaling"
+    ),
     Run("pivot convert export runs/2_dpo --part mllm --out exports/mllm"),
     Run("pivot convert export runs/2_dpo --part encoder --out exports/encoder"),
     Run("pivot convert export runs/3b_reassemble_tune --part mllm --out exports/pivot"),

@@ -50,7 +50,7 @@ def a_run(seconds: Sequence[float], rate: float = 10.0, ranks: Sequence[RankFoun
 
 def bench(cases: Sequence[Case], runs: dict[str, list[LayoutRun]]) -> LayoutBench:
     misfits = [Misfit("tp8", ("layout.tensor: <8> heads", "and more"))]
-    return LayoutBench("shape tiny", 2, AMOUNT, 10.0, 7.5, cases, runs, {"tp4": "OutOfMemoryError"}, misfits)
+    return LayoutBench("shape tiny", 2, AMOUNT, 10.0, 7.5, cases, runs, {"tp4": "OutOfMemoryError"}, misfits, {})
 
 
 def test_every_way_to_divide_the_processes_is_looked_at(run_yaml: Path) -> None:
@@ -146,7 +146,7 @@ def prediction(seconds: float, *gib: float) -> Prediction:
 
 
 def test_predictions_stand_beside_what_was_measured(found: LayoutBench) -> None:
-    fast, slow = summaries(found, {"fast": prediction(1.25, 1.5, 1.0)})
+    fast, slow = summaries(replace(found, predicted={"fast": prediction(1.25, 1.5, 1.0)}))
     assert (fast.name, slow.name) == ("fast", "slow")
     assert (fast.step_off, fast.peak_off) == (0.25, -0.25)
     assert (slow.predicted, slow.step_off, slow.peak_off) == (None, None, None)
@@ -167,7 +167,7 @@ def test_text_has_every_layout_once_a_table(found: LayoutBench) -> None:
 
 
 def test_json_is_complete(found: LayoutBench) -> None:
-    tree = json.loads(as_json(found, summaries(found, {"fast": prediction(1.25, 1.5)})))
+    tree = json.loads(as_json(found, summaries(replace(found, predicted={"fast": prediction(1.25, 1.5)}))))
     fast, slow = tree["layouts"]
     assert fast["predicted"]["step_seconds"] == 1.25
     assert (fast["step_off"], slow["predicted"]) == (0.25, None)

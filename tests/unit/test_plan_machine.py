@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from pivot_megatron.config.schema import Fp8, Precision
 from pivot_megatron.errors import UserError
 from pivot_megatron.plan import hardware
 from pivot_megatron.plan.hardware import gpu, gpu_names, known_architecture, published_configs
-from pivot_megatron.plan.machine import Roofline, read_machine, write_machine
+from pivot_megatron.plan.machine import Roofline, read_machine, require_rates, write_machine
 
 CONSTANTS = yaml.safe_load((Path(hardware.__file__).parent / "hardware.yaml").read_text())
 
@@ -25,7 +26,10 @@ def test_every_gpu_has_its_source_and_sensible_rates() -> None:
         assert CONSTANTS["gpus"][name]["source"] in machine.source
         rates = machine.rates_of(8)
         assert rates.gemm["bf16"].flops < rates.peak["bf16"] and rates.attention["bf16"].backward < rates.peak["bf16"]
-        assert machine.network.send.bandwidth < machine.node.send.bandwidth < rates.elementwise
+        assert (
+            machine.network is not None
+            and machine.network.send.bandwidth < machine.node.send.bandwidth < rates.elementwise
+        )
         assert machine.memory < CONSTANTS["gpus"][name]["gibibytes"] * 2**30
 
 
@@ -36,9 +40,26 @@ def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic() -> None:
 
 def test_links_by_where_ranks_stand() -> None:
     machine = gpu("h100")
-    assert machine.links(8) is machine.node and machine.links(9) is machine.network
-    assert machine.links(2, 4) is machine.node and machine.links(2, 8) is machine.network
-    assert machine.links(4, 2) is machine.node and machine.links(4, 3) is machine.network
+    node, network = machine.node, machine.network
+    # (devices, apart, world): tensor ranks, then replicas eight apart, then a pipeline over two nodes.
+    assert machine.links(8, 1, 64) is node and machine.links(16, 1, 64) is network
+    assert machine.links(2, 4, 64) is node and machine.links(2, 8, 64) is network
+    assert machine.links(4, 4, 16) is network  # two neighbours of the four are on one node, and two on two
+    assert machine.links(3, 1, 6) is node and machine.links(3, 1, 12) is network  # ranks 6 to 8 are on two
+
+
+def test_a_network_that_was_not_measured_is_not_made_up() -> None:
+    machine = replace(gpu("h100"), network=None)
+    assert machine.links(2, 1, 8) is machine.node
+    with pytest.raises(
+        UserError, match=r"expected devices of one node, up to 8, found 16: the network between nodes was not"
+    ):
+        machine.links(2, 8, 16)
+
+
+def test_rates_that_a_machine_lacks_are_named() -> None:
+    with pytest.raises(UserError, match="has no rate of products in fp8, it has bf16, fp32"):
+        require_rates(gpu("a100"), Precision(fp8=Fp8("tensorwise")))
 
 
 def test_rates_by_how_many_compute_side_by_side() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import tempfile
@@ -81,7 +82,7 @@ def calibrate(processes: Sequence[int], precision: Precision, say: Say) -> Calib
         transformer_engine=current_platform().transformer_engine,
         reduction_copy=widest.reduction_copy,
     )
-    return Calibration(machine, {c: m.samples for c, m in found.items()}, _errors(found, rates, node))
+    return Calibration(machine, {c: m.samples for c, m in found.items()}, _errors(found, rates))
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
     use_threads(None)
     dist.init_process_group(current_platform().backend, f"file://{folder}/store", rank=rank, world_size=world)
     dist.barrier()
+    _load_what_a_run_loads()
     whole, process = device_memory()
     copied = calibrate_rank.reduction_copy() if world > 1 else 0.0
     samples = list(calibrate_rank.measure(precision))
@@ -127,6 +129,13 @@ def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
         Path(folder, "measured.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _load_what_a_run_loads() -> None:
+    """A run's own code, and the libraries that it reads tokenizers, shards and checkpoints with."""
+    for module in ("pivot_megatron.train.trainer", "pyarrow.parquet", "safetensors.torch"):
+        importlib.import_module(module)
+    from transformers import AutoTokenizer  # noqa: F401
 
 
 def rates_from(samples: Sequence[Sample], peak: float, dtype: str) -> Rates:
@@ -173,46 +182,31 @@ def fitted(samples: Sequence[Sample]) -> Roofline:
 
 
 def links_from(samples: Sequence[Sample]) -> Links:
-    """A lone process sends nothing: its links are its memory."""
-    memory = Link(0.0, _bandwidth([sample for sample in samples if sample.what == "elementwise"]))
+    """As measured, size by size. A lone process sends nothing: its links are its memory."""
+    memory = Link.of(0.0, _bandwidth([sample for sample in samples if sample.what == "elementwise"]))
 
     def of(kind: str) -> Link:
-        sent = [sample for sample in samples if sample.what == kind]
-        return fitted_link(sent) if sent else memory
+        sent = sorted((s.traffic, s.seconds) for s in samples if s.what == kind)
+        return Link(tuple(sent)) if sent else memory
 
     return Links(of("gather"), of("scatter"), of("reduce"), of("send"))
 
 
-def fitted_link(samples: Sequence[Sample]) -> Link:
-    """The time and bandwidth of a message with the least squared error of the logarithm."""
-    traffic, seconds = (np.array([getattr(s, name) for s in samples]) for name in ("traffic", "seconds"))
-
-    def residuals(logs: Any) -> Any:
-        start, bandwidth = np.exp(logs)
-        return np.log((start + traffic / bandwidth) / seconds)
-
-    begin = np.log([float(np.min(seconds)), float(np.max(traffic / seconds))])
-    start, bandwidth = np.exp(least_squares(residuals, begin).x)
-    return Link(float(start), float(bandwidth))
-
-
-def _errors(found: Mapping[int, _Measured], rates: Mapping[int, Rates], node: Links) -> dict[str, tuple[float, float]]:
+def _errors(found: Mapping[int, _Measured], rates: Mapping[int, Rates]) -> dict[str, tuple[float, float]]:
     ratios: dict[str, list[float]] = {}
     for count, measured in found.items():
-        for sample in measured.samples:
-            ratio = _fitted_seconds(sample, rates[count], node) / sample.seconds
+        for sample in (one for one in measured.samples if one.what not in COLLECTIVES):  # those are taken as they are
+            ratio = _fitted_seconds(sample, rates[count]) / sample.seconds
             ratios.setdefault(sample.what, []).append(max(ratio, 1 / ratio))
     return {what: (median(each), max(each)) for what, each in ratios.items()}
 
 
-def _fitted_seconds(sample: Sample, rates: Rates, node: Links) -> float:
+def _fitted_seconds(sample: Sample, rates: Rates) -> float:
     if sample.what == "gemm":
         return rates.gemm[sample.dtype].time(sample.flops, sample.traffic)
     if sample.what.startswith("attention"):
         kernel = rates.attention[sample.dtype]
         return sample.flops / (kernel.forward if sample.what.endswith("forward") else kernel.backward)
-    if sample.what in COLLECTIVES:
-        return node.of(sample.what).time(sample.traffic)
     return {"elementwise": sample.traffic / rates.elementwise, "update": sample.traffic / rates.update}.get(
         sample.what, rates.launch
     )
@@ -234,8 +228,10 @@ def as_text(found: Calibration) -> str:
             ]
     if machine.devices_a_node > 1:
         sent = {kind: machine.node.of(kind) for kind in COLLECTIVES}
-        told = (f"{kind} {link.seconds * 1e6:.0f} us, {link.bandwidth / GIGA:.2f} GB/s" for kind, link in sent.items())
-        lines.append(f"messages: {'; '.join(told)}")
+        told = (
+            f"{kind} {link.seconds * 1e6:.0f} us to {link.bandwidth / GIGA:.2f} GB/s" for kind, link in sent.items()
+        )
+        lines.append(f"messages, the smallest to the largest: {'; '.join(told)}")
     lines += ["", "fitted times against measured, factor: median, largest"]
     lines += [f"  {what:<20} {middle:.2f}, {most:.2f}" for what, (middle, most) in found.error.items()]
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def gpu(name: str) -> Machine:
         return Attention(of * shares["forward"], of * shares["backward"], 0.0)
 
     def links(kind: str) -> Links:
-        one = Link(pauses[kind], sheet[f"{kind}_gigabytes_a_second"] * 1e9 * assumed["link_share"])
+        one = Link.of(pauses[kind], sheet[f"{kind}_gigabytes_a_second"] * 1e9 * assumed["link_share"])
         return Links(one, one, one, one)
 
     return Machine(

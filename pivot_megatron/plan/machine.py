@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,14 +42,36 @@ class Attention(Strict):
 
 @dataclass(frozen=True)
 class Link(Strict):
-    """One device's messages of one kind, one way: `seconds` that each takes by itself, and bytes a second."""
+    """One device's messages of one kind. `points`: (bytes that it sends, seconds that takes), the smallest first, straight
+    between them and on past the last: a large message may come at another rate than a small one."""
 
-    seconds: float
-    bandwidth: float
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, seconds: float, bandwidth: float) -> Link:
+        """One that takes `seconds` to begin with, and then so many bytes a second."""
+        return cls(((0.0, seconds), (1e9, seconds + 1e9 / bandwidth)))
+
+    @property
+    def seconds(self) -> float:
+        """Of the smallest message."""
+        return self.points[0][1]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, of the largest messages."""
+        (size, seconds), (larger, more) = self.points[-2:]
+        return float((larger - size) / (more - seconds))
 
     def time(self, traffic: float, messages: float = 1.0) -> float:
-        """Seconds. `traffic`: bytes that one device sends in all of them."""
-        return messages * self.seconds + traffic / self.bandwidth
+        """Seconds. `traffic`: bytes that one device sends in all of them, as much in each."""
+        if not messages:
+            return 0.0
+        size = traffic / messages
+        sizes, seconds = zip(*self.points, strict=True)
+        if size > sizes[-1]:
+            return float(messages * (seconds[-1] + (size - sizes[-1]) / self.bandwidth))
+        return messages * float(np.interp(size, sizes, seconds))
 
 
 Collective = Literal["gather", "scatter", "reduce", "send"]

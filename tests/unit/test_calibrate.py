@@ -42,15 +42,18 @@ def test_noise_and_one_disturbed_product_move_it_little() -> None:
     assert found.seconds == pytest.approx(5e-6, rel=0.5)  # of which the few smallest products alone tell
 
 
-def test_links_are_found_again() -> None:
-    sizes = (2e3, 7e5, 1.5e6, 2e7)
-    scattered = [Sample("scatter", "", "fp32", 0.0, size, 2e-4 + size / 1.6e9) for size in sizes]
-    sent = [Sample("send", "", "fp32", 0.0, size, 1e-4 + size / 9e8) for size in sizes]
-    elementwise = [Sample("elementwise", "", "fp32", 0.0, 1e9, 0.1)]
-    found = links_from([*scattered, *sent, *elementwise])
-    assert (found.scatter.seconds, found.scatter.bandwidth) == pytest.approx((2e-4, 1.6e9), rel=1e-6)
-    assert (found.send.seconds, found.send.bandwidth) == pytest.approx((1e-4, 9e8), rel=1e-6)
-    assert (found.gather.seconds, found.gather.bandwidth) == (0.0, pytest.approx(1e10))
+def test_links_are_as_measured() -> None:
+    scattered = [Sample("scatter", "", "fp32", 0.0, *point) for point in ((2e6, 3e-3), (1e3, 1e-3), (4e6, 11e-3))]
+    found = links_from([*scattered, Sample("elementwise", "", "fp32", 0.0, 1e9, 0.1)]).scatter
+    assert [found.time(size) for size in (1e3, 2e6, 4e6)] == pytest.approx([1e-3, 3e-3, 11e-3])
+    assert found.time(10.0) == 1e-3 and found.time(3e6) == pytest.approx(7e-3)
+    assert found.time(6e6) == pytest.approx(19e-3)  # past the last at its rate, 4 ms a megabyte
+    assert found.time(4e6, messages=2) == pytest.approx(2 * 3e-3) and found.time(0.0, 0) == 0.0
+
+
+def test_a_lone_process_sends_through_its_memory() -> None:
+    found = links_from([Sample("elementwise", "", "fp32", 0.0, 1e9, 0.1)])
+    assert found.gather.time(1e9) == pytest.approx(0.1)
 
 
 def test_rates_are_of_everything_that_was_done() -> None:

@@ -150,7 +150,7 @@ def test_messages_between_tensor_parallel_ranks_by_hand(tensor: int) -> None:
 
 def test_messages_between_replicas_by_hand() -> None:
     """float32 gradients out, bf16 weights back, each (n - 1) / n of the whole, over the slower link where nodes are left."""
-    machine = replace(H100, node=alike(Link(1.0, 1e9)), network=alike(Link(2.0, 1e8)))
+    machine = replace(H100, node=alike(Link.of(1.0, 1e9)), network=alike(Link.of(2.0, 1e8)))
     near = ends(10**9, Layout(), Precision(), machine, 4, 0.0, 0)
     assert (near.gradients, near.gather) == pytest.approx((1 + 4 * 0.75, 1 + 2 * 0.75), rel=1e-12)
     far = ends(10**9, Layout(), Precision(), machine, 16, 0.0, 0)
@@ -161,7 +161,7 @@ def test_messages_between_replicas_by_hand() -> None:
 
 def test_tied_words_are_added_up_over_the_first_and_the_last_stage() -> None:
     """Which lie on two nodes where a pipeline's ends do, also if its neighbours share one."""
-    machine = replace(H100, node=alike(Link(1.0, 1e9)), network=alike(Link(2.0, 1e8)))
+    machine = replace(H100, node=alike(Link.of(1.0, 1e9)), network=alike(Link.of(2.0, 1e8)))
     near, far = (ends(0, Layout(pipeline=stages), Precision(), machine, 4, 0.0, 10**8) for stages in (2, 4))
     assert near.gradients - 1 == pytest.approx(1 + 0.4, rel=1e-12)
     assert far.gradients - 1 == pytest.approx(2 + 4.0, rel=1e-12)

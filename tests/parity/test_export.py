@@ -34,7 +34,7 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.answers import ExportedModel
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import checkpoint_jobs, jobs
 from tests.parity.encoders import MAKERS, Library, make
 from tests.parity.images import make_images
 from tests.parity.reference import make_checkpoints, relative_difference
@@ -69,7 +69,7 @@ def same_parameters(one: Path, other: Path) -> bool:
 def test_what_any_layout_saves_is_read_whole(
     layout: Layout, world: int, workers: Workers, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    workers.run(jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
+    workers.run(checkpoint_jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
     description = describe_start(Model(encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1])))
     arch = description.architecture()
     parameters = CheckpointParameters(tmp_path / "saved" / "tensors")
@@ -88,7 +88,7 @@ def test_what_four_ranks_saved_comes_back_from_its_files(
 ) -> None:
     """More ranks than the head has key-value groups, and an MLP that is padded."""
     encoder, (_, layout, world) = make(name, tmp_path / "encoder"), matrix.TP4
-    workers.run(jobs.save_checkpoint, layout, world, encoder, folders[1], tmp_path / "saved")
+    workers.run(checkpoint_jobs.save_checkpoint, layout, world, encoder, folders[1], tmp_path / "saved")
     export_checkpoint(tmp_path / "saved", "encoder", tmp_path / "export", "original", encoder)
     stored, found = (load_file(f / hf.WEIGHTS) for f in (encoder, tmp_path / "export"))
     assert found.keys() == stored.keys()
@@ -103,7 +103,7 @@ def test_an_import_loads_at_any_layout_and_verifies(
     checkpoint = imported(tmp_path, *folders)
     wanted = workers.run(jobs.round_trip, Layout(), 1, *folders)[0]
     for _, layout, world in (matrix.TP2, matrix.PP2):
-        for found in workers.run(jobs.loaded_checkpoint, layout, world, checkpoint):
+        for found in workers.run(checkpoint_jobs.loaded_checkpoint, layout, world, checkpoint):
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert verify_checkpoint(checkpoint, *folders).passed
@@ -225,7 +225,7 @@ def test_greedy_answers_are_transformers_own(
         whole = exported.model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)[0]
     wanted = whole[inputs["input_ids"].shape[1] :].tolist()
     for _, layout, world in (matrix.SINGLE, matrix.TP2):
-        assert workers.run(jobs.greedy, layout, world, checkpoint, sample, [pixels], 12) == [wanted] * world
+        assert workers.run(checkpoint_jobs.greedy, layout, world, checkpoint, sample, [pixels], 12) == [wanted] * world
 
 
 def assert_verified(checkpoint: Path, mllm: Path) -> None:

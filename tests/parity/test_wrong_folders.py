@@ -23,7 +23,7 @@ from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from tests.checkpoints import flip
 from tests.dist.runs import config_tree, make_world, train_error, write_config
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import checkpoint_jobs
 from tests.parity.encoders import make
 from tests.parity.reference import make_checkpoints
 
@@ -45,7 +45,7 @@ def checkpoint(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def onevision(folders: tuple[Path, Path], workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onevision")
-    workers.run(jobs.save_checkpoint, Layout(), 1, *folders, folder / "checkpoint", TILES)
+    workers.run(checkpoint_jobs.save_checkpoint, Layout(), 1, *folders, folder / "checkpoint", TILES)
     export_checkpoint(folder / "checkpoint", "mllm", folder / "mllm", "drop", None)
     return folder / "mllm"
 

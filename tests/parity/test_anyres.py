@@ -46,8 +46,8 @@ from tests import matrix
 from tests.harness import Workers
 from tests.parity import checkpoint_jobs, jobs, training_jobs
 from tests.parity.encoders import make
+from tests.parity.imported import same_parameters
 from tests.parity.reference import make_checkpoints, relative_difference
-from tests.parity.test_export import same_parameters
 from tests.unit.test_views import noise, tiled
 
 TILES = AnyRes(grids=tuple((r, c) for r in range(1, 4) for c in range(1, 4)), max_tiles=2)

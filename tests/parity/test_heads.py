@@ -16,8 +16,8 @@ from pivot_megatron.convert.verify import verify_checkpoint
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import checkpoint_jobs, jobs, training_jobs
+from tests.parity.imported import same_parameters
 from tests.parity.reference import CORPUS, make_checkpoints, randomise
-from tests.parity.test_export import same_parameters
 from tests.parity.test_training import check, reference_training, shares
 
 OBJECTIVE = Dpo(beta=0.3)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from pivot_megatron.convert.commands import export_checkpoint, import_assembled
@@ -24,6 +23,7 @@ from pivot_megatron.recipe.answers import ExportedModel
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import checkpoint_jobs
+from tests.parity.changes import changed
 from tests.parity.encoders import make
 from tests.parity.imported import imported, same_parameters
 from tests.unit.test_views import noise
@@ -71,14 +71,13 @@ def assert_verified(checkpoint: Path, mllm: Path) -> None:
     assert found.passed, found.table()
     said = {check.what for check in found.checks}
     assert "tensor multi_modal_projector.linear_1.weight" in said and {"head layer 0", "head log-probs"} <= said
-    shutil.copytree(mllm, mllm.with_name("changed"))
-    path = mllm.with_name("changed") / "model.safetensors"
-    tensors = load_file(path)
-    name = next(n for n in tensors if n.endswith("multi_modal_projector.linear_1.bias"))
-    tensors[name] += 0.1
-    save_file(tensors, path, metadata={"format": "pt"})
-    failed = {c.what for c in verify_checkpoint(checkpoint, None, None, mllm=path.parent).checks if not c.passed}
+    other = changed(mllm, mllm.with_name("changed"), move_projector)
+    failed = {c.what for c in verify_checkpoint(checkpoint, None, None, mllm=other).checks if not c.passed}
     assert {"tensor multi_modal_projector.linear_1.bias", "head layer 0"} <= failed
+
+
+def move_projector(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[next(n for n in tensors if n.endswith("multi_modal_projector.linear_1.bias"))] += 0.1
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])

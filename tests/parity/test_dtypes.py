@@ -8,21 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pivot_megatron.cli import main
 from pivot_megatron.convert import hf
 from pivot_megatron.convert.commands import export_checkpoint
 from pivot_megatron.convert.verify import verify_checkpoint
-from tests.parity.changes import FC1, changed
+from tests.parity.changes import FC1, changed, tensors
 from tests.parity.imported import imported
 
 
 def in_dtype(folder: Path, dtype: torch.dtype, factor: float = 1.0) -> Path:
     """A folder's tensors, times `factor`, in another dtype. Its config.json stays."""
-    path = folder / "model.safetensors"
-    tensors = {name: (tensor.float() * factor).to(dtype) for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    tensors(lambda t: t.update({name: (tensor.float() * factor).to(dtype) for name, tensor in t.items()}))(folder)
     return folder
 
 
@@ -79,14 +77,12 @@ def test_what_trained_finer_than_the_original_stays_so(folders: tuple[Path, Path
     in_dtype(coarse, torch.bfloat16)
     shutil.copyfile(coarse / hf.WEIGHTS, trained / hf.WEIGHTS)
     in_dtype(trained, torch.float32)
-    changed_name = FC1
-    tensors = load_file(trained / hf.WEIGHTS)
-    tensors[changed_name] *= 1 + 2e-5
-    save_file(tensors, trained / hf.WEIGHTS, metadata={"format": "pt"})
+    tensors(lambda t: t.update({FC1: t[FC1] * (1 + 2e-5)}))(trained)
+    moved = load_file(trained / hf.WEIGHTS)[FC1]
     checkpoint = imported(tmp_path, trained, folders[1])
     export_checkpoint(checkpoint, "encoder", tmp_path / "whole", "original", coarse)
     stored, found = load_file(coarse / hf.WEIGHTS), load_file(tmp_path / "whole" / hf.WEIGHTS)
-    assert torch.equal(found.pop(changed_name), tensors[changed_name])
+    assert torch.equal(found.pop(FC1), moved)
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, stored[name]) for name, t in found.items())
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"
     assert verify_checkpoint(checkpoint, tmp_path / "whole", None).passed

@@ -51,7 +51,14 @@ class Workers:
     def __init__(self) -> None:
         # Forked of a process that has imported what jobs need, which takes longer than most jobs.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pivot_megatron.train.trainer", "tests.parity.jobs", "tests.dist.runs"])
+        self._context.set_forkserver_preload(
+            [
+                "pivot_megatron.train.trainer",
+                "tests.parity.training_jobs",
+                "tests.parity.checkpoint_jobs",
+                "tests.dist.runs",
+            ]
+        )
         self._workers: list[tuple[Any, Connection]] = []
         self._jobs = 0
 

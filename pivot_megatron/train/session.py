@@ -126,12 +126,7 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     decided = decided_by(config, loader.samples.described)
     standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
     done = standing.step
-    kernels = kernels_in_use(config.precision)
-    device, world = str(current_platform().device), dist.get_world_size()
-    on_main_process(lambda: folder.create(config, environment(device, world, kernels)))
-    if is_main_process():
-        told = f"layers {kernels.layers}, attention by {kernels.attention}, fp8 {kernels.fp8}"
-        print(f"{config.name}: {told}", file=sys.stderr, flush=True)
+    _record(config, folder)
     if isinstance(config.objective, Dpo) and config.objective.reference == "cached":
         reference_pass = ReferencePass(config, arch, model_start, loader, before_batch)
         loader = replace(loader, reference=reference_pass.files(make=True))
@@ -176,6 +171,16 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     )
     before_reduction(wrapped, lambda: _computed(session))
     return session
+
+
+def _record(config: RunConfig, folder: RunFolder) -> None:
+    """What the run is and what it runs on: in its folder, and its kernels in a line."""
+    kernels = kernels_in_use(config.precision)
+    device, world = str(current_platform().device), dist.get_world_size()
+    on_main_process(lambda: folder.create(config, environment(device, world, kernels)))
+    if is_main_process():
+        told = f"layers {kernels.layers}, attention by {kernels.attention}, fp8 {kernels.fp8}"
+        print(f"{config.name}: {told}", file=sys.stderr, flush=True)
 
 
 def _computed(session: Session) -> None:

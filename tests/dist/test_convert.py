@@ -7,12 +7,13 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration, SiglipVisionModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel, SiglipVisionModel
 
 from pivot_megatron.cli import main
 from pivot_megatron.data.chat import qwen_1_5
@@ -78,12 +79,18 @@ def test_original_export_is_the_folder_again(folders, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x" / "pivot_export.json").read_text())["features"] == "hidden_states[-2]"
 
 
+def exported_to(out: Path, checkpoint: Path, part: str, theirs: type[PreTrainedModel]) -> Any:
+    """The exported part as its library loads it, every tensor in its place."""
+    assert main(["convert", "export", str(checkpoint), "--part", part, "--out", str(out)]) == 0
+    model, info = theirs.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
 def test_dropped_export_gives_the_same_features(folders, tmp_path: Path) -> None:
     encoder, _, imported = folders
     out = tmp_path / "x"
-    assert main(["convert", "export", str(imported), "--part", "encoder", "--out", str(out)]) == 0
-    exported, info = SiglipVisionModel.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    exported = exported_to(out, imported, "encoder", SiglipVisionModel)
     original = SiglipVisionModel.from_pretrained(encoder)
     pixels = make_pixels(2, seed=1)
     with torch.no_grad():
@@ -96,9 +103,7 @@ def test_dropped_export_gives_the_same_features(folders, tmp_path: Path) -> None
 def test_assembled_export_asks_as_the_run_was_trained(folders, tmp_path: Path) -> None:
     _, head, imported = folders
     out = tmp_path / "x"
-    assert main(["convert", "export", str(imported), "--part", "mllm", "--out", str(out)]) == 0
-    model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model = exported_to(out, imported, "mllm", LlavaForConditionalGeneration)
     processor = AutoProcessor.from_pretrained(out)
     message = {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)

@@ -14,7 +14,7 @@ from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.runtime.distributed import process_groups
 from tests.gpu.models import difference
 from tests.gpu.rows import Row, held, told
-from tests.parity import jobs
+from tests.parity import training_jobs
 from tests.parity.reference import make_checkpoints
 from tests.parity.test_training import reference_training, shares, worst
 
@@ -31,7 +31,7 @@ def rows() -> Iterator[Row]:
         for compute in ("fp32", "bf16") if current_platform().is_cuda else ("fp32",):
             layout = Layout()
             with process_groups(layout, seed=1):
-                found = jobs.train_steps(
+                found = training_jobs.train_steps(
                     layout, *checkpoints, shares(layout, 1), OBJECTIVE, STEPS, precision=Precision(compute)
                 )
             yield from (_exact if compute == "fp32" else _rounded)(found, wanted)

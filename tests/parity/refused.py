@@ -22,7 +22,8 @@ from pivot_megatron.runtime.distributed import is_last_stage
 from pivot_megatron.train.culprits import find_culprits, require_finite
 from pivot_megatron.train.optimizer import Optimization, apply_rules, build_optimization, wrap
 from pivot_megatron.train.step import forward_logprobs, train_step
-from tests.parity.jobs import Shares, filled_up, loaded_model, one_by_one, run_config
+from tests.parity.jobs import loaded_model, one_by_one
+from tests.parity.training_jobs import Shares, filled_up, run_config
 
 LARGEST = 3e38  # of float32, nearly
 BROKEN_GRADIENT = "projector.encoder.linear_fc1.weight"

@@ -44,10 +44,10 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.model.projector import joined
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import checkpoint_jobs, jobs, training_jobs
 from tests.parity.encoders import make
+from tests.parity.imported import same_parameters
 from tests.parity.reference import make_checkpoints, relative_difference
-from tests.parity.test_export import same_parameters
 from tests.unit.test_views import noise, tiled
 
 TILES = AnyRes(grids=tuple((r, c) for r in range(1, 4) for c in range(1, 4)), max_tiles=2)
@@ -63,7 +63,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def checkpoint(folders: tuple[Path, Path], workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("saved") / "checkpoint"
-    workers.run(jobs.save_checkpoint, Layout(), 1, *folders, out, TILES)
+    workers.run(checkpoint_jobs.save_checkpoint, Layout(), 1, *folders, out, TILES)
     return out
 
 
@@ -152,7 +152,9 @@ def test_logprobs_are_transformers_own(layout, world, workers: Workers, checkpoi
     theirs = Theirs(export)
     with torch.no_grad():
         wanted = torch.cat([theirs.logprobs(pair, branch) for pair in PAIRS for branch in range(2)])
-    answers = [found for found in workers.run(jobs.checkpoint_logprobs, layout, world, checkpoint, [batch]) if found]
+    answers = [
+        found for found in workers.run(checkpoint_jobs.checkpoint_logprobs, layout, world, checkpoint, [batch]) if found
+    ]
     assert answers
     for (found,) in answers:
         assert relative_difference(found, wanted) <= 1e-5
@@ -170,8 +172,8 @@ def test_gradients_are_transformers_own(
     wanted = {name: p.grad for name, p in theirs.model.named_parameters() if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     arch = jobs.architecture(*folders, TILES)
-    shares: jobs.Shares = [[(firsts[:3], pixels[:3]), (firsts[3:], pixels[3:])]]
-    train = partial(jobs.train_steps, anyres=TILES)
+    shares: training_jobs.Shares = [[(firsts[:3], pixels[:3]), (firsts[3:], pixels[3:])]]
+    train = partial(training_jobs.train_steps, anyres=TILES)
     for found in workers.run(train, layout, world, *folders, shares, Sft(), 1):
         for component in COMPONENTS:
             for part in (part for row in component_rows(arch, component) for part in row.hf):
@@ -196,7 +198,7 @@ def test_verify_takes_the_export_of_its_own_features_and_resolution(
     """The export of an encoder's layers up to its features; tiles larger than the export's; tiles that are the default, which an
     export writes out."""
     import_assembled(export, tmp_path / "larger", None, image_size=48)
-    workers.run(jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "default", AnyRes())
+    workers.run(checkpoint_jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "default", AnyRes())
     export_checkpoint(tmp_path / "default", "mllm", tmp_path / "written-out", "drop", None)
     for ours, theirs in (
         (checkpoint, export),
@@ -216,7 +218,7 @@ def test_greedy_answers_are_transformers_own(layout, world, workers: Workers, ch
         length = inputs["input_ids"].shape[1]
         with torch.no_grad():
             wanted = theirs.model.generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=None)[0, length:]
-        for found in workers.run(jobs.greedy, layout, world, checkpoint, sample, [image], 10):
+        for found in workers.run(checkpoint_jobs.greedy, layout, world, checkpoint, sample, [image], 10):
             assert found == wanted.tolist()
 
 
@@ -235,11 +237,11 @@ def test_tiles_may_follow_upon_squares(folders: tuple[Path, Path], tmp_path: Pat
     squares = tmp_path / "squares"
     parts: dict[str, Any] = {"llm": Component(checkpoint=squares), "projector": Projector(checkpoint=squares)}
     start = Model(encoder=Encoder(checkpoint=tmp_path / "squares"), **parts, anyres=TILES)
-    (weights,) = workers.run(jobs.started, Layout(), 1, start)
-    before = workers.run(jobs.loaded_checkpoint, Layout(), 1, tmp_path / "squares")[0]
+    (weights,) = workers.run(checkpoint_jobs.started, Layout(), 1, start)
+    before = workers.run(checkpoint_jobs.loaded_checkpoint, Layout(), 1, tmp_path / "squares")[0]
     assert weights.keys() - before.keys() == {"image_newline"} and weights["image_newline"].std() > 0
     assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
-    workers.run(jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "tiles", TILES)
+    workers.run(checkpoint_jobs.save_checkpoint, Layout(), 1, *folders, tmp_path / "tiles", TILES)
     tiles = Model(
         encoder=Encoder(hf=folders[0]), llm=Component(hf=folders[1]), projector=Projector(checkpoint=tmp_path / "tiles")
     )

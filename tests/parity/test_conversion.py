@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pivot_megatron.convert.plan import join, slice_for
 from pivot_megatron.families import qwen2, siglip
-from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, Padding, Row
+from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, Padding
 from tests import matrix
 from tests.harness import Workers
 from tests.parity import jobs
@@ -71,13 +70,6 @@ def test_a_table_that_writes_otherwise_than_it_read_fails_the_round_trip(workers
     wrong = {n for n, t in wanted.items() if not torch.equal(found[n].to(t.dtype), t)}
     assert any("q_proj" in n for n in wrong) and any("k_proj" in n for n in wrong)
     assert all("q_proj" in n or "k_proj" in n for n in wrong)
-
-
-def swap_query_and_key(row: Row) -> Row:
-    if isinstance(row.transform, FuseQKV):
-        query, key, value = row.hf
-        return replace(row, hf=(key, query, value))
-    return row
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

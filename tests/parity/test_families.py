@@ -13,7 +13,7 @@ from pivot_megatron.families.table import Row
 from pivot_megatron.model.composition import Architecture
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import jobs, training_jobs
 from tests.parity.encoders import MAKERS, Library, make
 from tests.parity.images import make_images
 from tests.parity.reference import make_checkpoints, make_pairs, relative_difference
@@ -77,8 +77,8 @@ def test_a_dpo_step(layout, world, workers: Workers, encoder: Path, head: Path) 
     arch = jobs.architecture(encoder, head)
     images = make_images(arch.encoder, 2, seed=4)
     pairs = make_pairs(2, seed=3, vocabulary=200, views=images.views)
-    shares: jobs.Shares = [[(pairs, images.pixels)]]
-    results = workers.run(jobs.train_steps, layout, world, encoder, head, shares, Dpo(beta=0.3), 1)
+    shares: training_jobs.Shares = [[(pairs, images.pixels)]]
+    results = workers.run(training_jobs.train_steps, layout, world, encoder, head, shares, Dpo(beta=0.3), 1)
     library = Library(arch, encoder)
     stored = {n: p.detach() for n, p in library.model.named_parameters()}
     for found in results:

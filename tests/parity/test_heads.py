@@ -15,9 +15,9 @@ from pivot_megatron.convert.tiny_checkpoints import make_tokenizer
 from pivot_megatron.convert.verify import verify_checkpoint
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import checkpoint_jobs, jobs, training_jobs
+from tests.parity.imported import same_parameters
 from tests.parity.reference import CORPUS, make_checkpoints, randomise
-from tests.parity.test_export import same_parameters
 from tests.parity.test_training import check, reference_training, shares
 
 OBJECTIVE = Dpo(beta=0.3)
@@ -49,7 +49,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.TP2_PP2, slow=(matrix.TP4,))
 def test_training_equals_transformers(layout, world, workers: Workers, folders: tuple[Path, Path]) -> None:
     wanted = reference_training(*folders, OBJECTIVE)
-    results = workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVE, 2)
+    results = workers.run(training_jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVE, 2)
     assert all(any("q_norm" in name for name in found["weights"]) for found in results)
     check(results, wanted)
 
@@ -63,7 +63,7 @@ def test_import_and_verify(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_saved_checkpoint_comes_back_from_its_files(
     layout, world, workers: Workers, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    workers.run(jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
+    workers.run(checkpoint_jobs.save_checkpoint, layout, world, *folders, tmp_path / "saved")
     export_checkpoint(tmp_path / "saved", "mllm", tmp_path / "llava", "drop", None)
     found = load_file(tmp_path / "llava" / "model.safetensors")
     for name, tensor in load_file(folders[1] / "model.safetensors").items():

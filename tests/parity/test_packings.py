@@ -15,7 +15,7 @@ from pivot_megatron.config.schema import Dpo, Layout
 from pivot_megatron.data.tokens import Branch, Tokenized
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import jobs, training_jobs
 from tests.parity.reference import SQUARE, make_checkpoints, make_pixels
 from tests.parity.test_training import TOLERANCE, reference_training, worst
 
@@ -86,7 +86,7 @@ def check(
     drawn = Drawn(seed, world // layout.model_parallel_size)
     wanted = reference_training(*checkpoints, OBJECTIVE, steps=1, data=drawn.data)
     arguments = (*checkpoints, drawn.shares, OBJECTIVE, 1, (), jobs.NOTHING_AGAIN, TILE_BYTES, cached)
-    for found in workers.run(jobs.train_steps, layout, world, *arguments):
+    for found in workers.run(training_jobs.train_steps, layout, world, *arguments):
         assert found["results"][0].loss == pytest.approx(wanted["losses"][0], rel=TOLERANCE)
         assert found["results"][0].grad_norm == pytest.approx(wanted["norms"][0], rel=TOLERANCE)
         gradients = {n: t for n, t in wanted["gradients"].items() if n in found["gradients"]}

@@ -12,7 +12,7 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.model.freeze import rate_of, require_matches
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import training_jobs
 from tests.parity.reference import make_checkpoints
 from tests.parity.test_conversion import stored
 from tests.parity.test_training import shares
@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_frozen_stays_and_factors_scale(layout, world, workers: Workers, checkpoints) -> None:
     def weights(*rules: ParameterRule) -> dict[str, torch.Tensor]:
         batches = shares(layout, world)
-        return workers.run(jobs.train_steps, layout, world, *checkpoints, batches, Dpo(beta=0.3), 1, rules)[0][
+        return workers.run(training_jobs.train_steps, layout, world, *checkpoints, batches, Dpo(beta=0.3), 1, rules)[0][
             "weights"
         ]
 

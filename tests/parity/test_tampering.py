@@ -21,8 +21,9 @@ from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import UserError
 from pivot_megatron.families import qwen2, siglip
-from pivot_megatron.families.table import Copy, FuseGatedMLP, FuseQKV, Row
+from pivot_megatron.families.table import Copy, FuseGatedMLP, Row
 from pivot_megatron.model.composition import Architecture
+from tests.parity.jobs import swap_query_and_key
 from tests.parity.reference import make_checkpoints
 
 Rows = tuple[Row, ...]
@@ -37,10 +38,7 @@ class Transposed(Copy):
 
 def swapped(rows: Rows) -> Rows:
     """Query and key exchanged."""
-    return tuple(
-        replace(row, hf=(row.hf[1], row.hf[0], row.hf[2])) if isinstance(row.transform, FuseQKV) else row
-        for row in rows
-    )
+    return tuple(map(swap_query_and_key, rows))
 
 
 def transposed(rows: Rows) -> Rows:

@@ -13,7 +13,7 @@ from pivot_megatron.config.schema import Dpo, Layout, ParameterRule, Recompute, 
 from pivot_megatron.data.tokens import Tokenized
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import training_jobs
 from tests.parity.reference import Reference, images_of, make_checkpoints, make_pairs, make_pixels
 from tests.parity.test_forward import projector_parts
 
@@ -37,7 +37,7 @@ def micro_batches() -> list[tuple[list[Tokenized], Tensor]]:
     return [(pairs[a:b], pixels[a : min(b, 4)]) for a, b in MICRO_BATCHES]
 
 
-def shares(layout: Layout, world: int) -> jobs.Shares:
+def shares(layout: Layout, world: int) -> training_jobs.Shares:
     """All micro-batches on one replica; over two, the second gets the one that has no image."""
     all_batches = micro_batches()
     replicas = world // layout.model_parallel_size
@@ -108,7 +108,7 @@ def reference_training(
         loss.backward()
         if not gradients:
             gradients = {hub_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        norms.append(float(torch.nn.utils.clip_grad_norm_(learning, jobs.CLIP)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learning, training_jobs.CLIP)))
         optimizer.step()
         losses.append(float(loss))
     weights = {hub_name(n): p.detach() for n, p in model.named_parameters()}
@@ -163,7 +163,9 @@ def check(
 @matrix.layouts(*matrix.TRAINING, slow=matrix.MORE_TRAINING)
 def test_dpo_training_equals_plain_torch(layout, world, workers: Workers, checkpoints, expected) -> None:
     name = "dpo"
-    results = workers.run(jobs.train_steps, layout, world, *checkpoints, shares(layout, world), OBJECTIVES[name], STEPS)
+    results = workers.run(
+        training_jobs.train_steps, layout, world, *checkpoints, shares(layout, world), OBJECTIVES[name], STEPS
+    )
     check(results, expected[name])
 
 
@@ -173,7 +175,7 @@ def test_other_objectives_equal_plain_torch(name, layout, world, workers: Worker
     batches = shares(layout, world)
     if name == "sft":
         batches = [[([one_branch(p) for p in pairs], pixels) for pairs, pixels in share] for share in batches]
-    results = workers.run(jobs.train_steps, layout, world, *checkpoints, batches, OBJECTIVES[name], STEPS)
+    results = workers.run(training_jobs.train_steps, layout, world, *checkpoints, batches, OBJECTIVES[name], STEPS)
     check(results, expected[name])
 
 
@@ -183,7 +185,10 @@ def test_untied_head_with_overlap(layout, world, workers: Workers, tmp_path: Pat
     folders = make_checkpoints(tmp_path, tied=False)
     wanted = reference_training(*folders, OBJECTIVES["dpo"])
     check(
-        workers.run(jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVES["dpo"], STEPS), wanted
+        workers.run(
+            training_jobs.train_steps, layout, world, *folders, shares(layout, world), OBJECTIVES["dpo"], STEPS
+        ),
+        wanted,
     )
 
 
@@ -199,7 +204,9 @@ LOSSES = {
 def test_losses_of_pairs_equal_plain_torch(name, layout, world, workers: Workers, checkpoints) -> None:
     """Three steps: the first has no baseline, and the second's is 0 since policy and reference began as one."""
     wanted = reference_training(*checkpoints, LOSSES[name], steps=3)
-    results = workers.run(jobs.train_steps, layout, world, *checkpoints, shares(layout, world), LOSSES[name], 3)
+    results = workers.run(
+        training_jobs.train_steps, layout, world, *checkpoints, shares(layout, world), LOSSES[name], 3
+    )
     check(results, wanted)
     for result in results:
         baselines = [step.metrics.get("reward_baseline", 0.0) for step in result["results"]]
@@ -245,7 +252,9 @@ def test_partly_frozen_models_equal_plain_torch(stage, layout, world, workers: W
     wanted = reference_training(*checkpoints, objective, learns)
     batches = shares(layout, world)
     recompute = Recompute(encoder="full", llm="full")
-    results = workers.run(jobs.train_steps, layout, world, *checkpoints, batches, objective, STEPS, rules, recompute)
+    results = workers.run(
+        training_jobs.train_steps, layout, world, *checkpoints, batches, objective, STEPS, rules, recompute
+    )
     check(results, wanted, learns)
 
 
@@ -253,12 +262,14 @@ def test_partly_frozen_models_equal_plain_torch(stage, layout, world, workers: W
 @matrix.layouts(matrix.SINGLE, matrix.TP2)
 def test_recompute_changes_nothing(mode, layout, world, workers: Workers, checkpoints) -> None:
     arguments = (*checkpoints, shares(layout, world), OBJECTIVES["dpo"], 1, ())
-    plain = workers.run(jobs.train_steps, layout, world, *arguments)[0]["gradients"]
-    again = workers.run(jobs.train_steps, layout, world, *arguments, Recompute(encoder=mode, llm=mode))[0]["gradients"]
+    plain = workers.run(training_jobs.train_steps, layout, world, *arguments)[0]["gradients"]
+    again = workers.run(training_jobs.train_steps, layout, world, *arguments, Recompute(encoder=mode, llm=mode))[0][
+        "gradients"
+    ]
     # Selective recompute repeats the very same sums; full recompute adds up residual gradients in another order.
     assert worst(again, plain) <= (0.0 if mode == "selective" else 2e-6, "~")
 
 
 def test_reference_clips(expected) -> None:
     """The clip is in force, so that a wrong norm would show in the weights."""
-    assert all(norm > jobs.CLIP for norm in expected["dpo"]["norms"])
+    assert all(norm > training_jobs.CLIP for norm in expected["dpo"]["norms"])

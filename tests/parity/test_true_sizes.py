@@ -27,7 +27,7 @@ from pivot_megatron.convert.verify import verify_checkpoint
 from pivot_megatron.data.views import View
 from tests import matrix
 from tests.harness import Workers
-from tests.parity import jobs
+from tests.parity import checkpoint_jobs, jobs, training_jobs
 from tests.parity.encoders import Library
 from tests.parity.images import make_images
 from tests.parity.reference import CORPUS, ENCODER, HEAD, make_pairs, randomise
@@ -59,13 +59,13 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2, matrix.TP4, matrix.TP4_PP2)
 def test_round_trip_of_so400m(layout, world, workers: Workers, so400m: tuple[Path, Path], tmp_path: Path) -> None:
-    workers.run(jobs.save_checkpoint, layout, world, *so400m, tmp_path / "saved", timeout=WAIT)
+    workers.run(checkpoint_jobs.save_checkpoint, layout, world, *so400m, tmp_path / "saved", timeout=WAIT)
     came_back(tmp_path / "saved", "encoder", so400m[0])
 
 
 @matrix.layouts(matrix.SINGLE, matrix.TP2, matrix.PP2, matrix.TP2_PP2)
 def test_round_trip_of_qwen(layout, world, workers: Workers, qwen: tuple[Path, Path], tmp_path: Path) -> None:
-    workers.run(jobs.save_checkpoint, layout, world, *qwen, tmp_path / "saved", timeout=WAIT)
+    workers.run(checkpoint_jobs.save_checkpoint, layout, world, *qwen, tmp_path / "saved", timeout=WAIT)
     came_back(tmp_path / "saved", "llm", qwen[1])
 
 
@@ -141,9 +141,9 @@ def test_a_dpo_step(which: str, workers: Workers, request: pytest.FixtureRequest
     arch = jobs.architecture(*folders)
     images = make_images(arch.encoder, 1, seed=4)
     pairs = make_pairs(1, seed=3, vocabulary=200, views=[View.of_patches(arch.encoder.grid, arch.encoder.grid)])
-    shares: jobs.Shares = [[(pairs, images.pixels)]]
+    shares: training_jobs.Shares = [[(pairs, images.pixels)]]
     _, layout, world = matrix.SINGLE
     arguments = (*folders, shares, Dpo(beta=0.3))
-    (found,) = workers.run(jobs.one_step, layout, world, *arguments, timeout=WAIT)
+    (found,) = workers.run(training_jobs.one_step, layout, world, *arguments, timeout=WAIT)
     assert found["loss"] == pytest.approx(0.6931, abs=1e-4) and found["grad_norm"] > 0
     assert found["unmoved"] == []

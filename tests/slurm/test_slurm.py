@@ -83,14 +83,19 @@ def steps_of(run: Path) -> int:
     return len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
 
 
+def under_way(slurm: Cluster, world: Path, folder: Path, done: int, steps: int = STEPS) -> str:
+    """The job of a run of `steps` steps, once `done` of them are made."""
+    job = submit(slurm, folder, str(write_config(folder / "run.yaml", tree(world, folder / "run", steps))))
+    wait_for(lambda: steps_of(folder / "run") >= done, 200, f"{done} steps")
+    return job
+
+
 @pytest.mark.long  # SLURM lets a job that is queued again wait for two minutes
 def test_a_preempted_run_is_queued_again_and_goes_on(
     slurm: Cluster, world: Path, unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """A job of more weight takes both nodes: the run saves between two checkpoints, makes way, and ends with the same losses."""
-    config = write_config(tmp_path / "run.yaml", tree(world, tmp_path / "run"))
-    job = submit(slurm, tmp_path, str(config))
-    wait_for(lambda: steps_of(tmp_path / "run") >= 3, 200, "three steps")
+    job = under_way(slurm, world, tmp_path, 3)
     other = slurm.run(
         "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
     )
@@ -106,9 +111,7 @@ def test_a_preempted_run_is_queued_again_and_goes_on(
 def test_a_killed_node_costs_the_steps_since_the_last_checkpoint(
     slurm: Cluster, world: Path, unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "run.yaml", tree(world, tmp_path / "run"))
-    job = submit(slurm, tmp_path, str(config))
-    wait_for(lambda: steps_of(tmp_path / "run") >= 12, 200, "twelve steps")
+    job = under_way(slurm, world, tmp_path, 12)
     slurm.kill_node("n2")
     wait_for(lambda: slurm.state(job) != "RUNNING", 200, "the job to be off the nodes")
     slurm.start_node("n2")
@@ -229,9 +232,7 @@ def test_layouts_are_benched_side_by_side(slurm: Cluster, world: Path, tmp_path:
 @pytest.mark.long  # SLURM lets a job that is queued again wait for two minutes
 def test_scancel_is_told_apart_from_a_failure(slurm: Cluster, world: Path, tmp_path: Path) -> None:
     """`scancel --signal=USR1` saves and queues again; a plain `scancel` ends the job for good, saved."""
-    config = write_config(tmp_path / "run.yaml", tree(world, tmp_path / "run", steps=10000))
-    job = submit(slurm, tmp_path, str(config))
-    wait_for(lambda: steps_of(tmp_path / "run") >= 3, 200, "three steps")
+    job = under_way(slurm, world, tmp_path, 3, steps=10000)
     slurm.run("scancel", f"--signal={signal.SIGUSR1.name.removeprefix('SIG')}", job)
     wait_for(lambda: int(slurm.field(job, "Restarts")) == 1, 200, "the job to be queued again")
     before = steps_of(tmp_path / "run")

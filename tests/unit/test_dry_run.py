@@ -40,7 +40,7 @@ from pivot_megatron.plan.stages import Chunk
 from pivot_megatron.runtime.distributed import process_groups
 from pivot_megatron.runtime.pretended import pretended_rank
 from tests import matrix
-from tests.parity.jobs import run_config
+from tests.parity.training_jobs import run_config
 from tests.plans import HEADS, MAE_BASE, SO400M, TINY, TINY_UNTIED, model
 
 MATRIX = [entry for entry in vars(matrix).values() if isinstance(entry, tuple) and isinstance(entry[0], str)]
@@ -220,7 +220,7 @@ import resource
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.plan.dry_run import dry_run
 from pivot_megatron.plan.rehearsal import Build
-from tests.parity.jobs import run_config
+from tests.parity.training_jobs import run_config
 from tests.plans import HEADS, SO400M, model
 run = dry_run(Build(model(SO400M, HEADS["72B"]), Layout(tensor=8, pipeline=8, virtual_pipeline=5), 512))
 print(run.passed, max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))

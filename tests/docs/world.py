@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from pivot_megatron.convert.commands import export_checkpoint, import_checkpoint
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
@@ -25,6 +26,7 @@ from tests import masked
 from tests.docs.commands import ROOT
 from tests.parity.encoders import MAKERS
 from tests.prep import encoded, write_images, write_lines
+from tests.unit.test_image_set import tar
 from tests.unit.test_vqa import tree_of, written
 
 SIZE = 48
@@ -102,9 +104,18 @@ def _images(folder: Path) -> None:
         masked.write_folder(
             folder / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split], masked.pairs(8, seed)
         )
-    for split in ("train", "validation"):  # of which `--runs` asks no more than that they are there
-        (folder / "imagenet-1k-wds").mkdir(exist_ok=True)
-        tarfile.open(folder / "imagenet-1k-wds" / f"imagenet1k-{split}-0.tar", "w").close()
+    # Which `--runs` holds against the schedule's probe: of two classes, more than the 50 a class that a draw takes.
+    (folder / "imagenet-1k-wds").mkdir(exist_ok=True)
+    small = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(small, "JPEG")
+    for split, count in (("train", 60), ("validation", 2)):
+        members = {
+            f"{split}-{label}-{n}.{kind}": small.getvalue() if kind == "jpg" else str(label).encode()
+            for label in range(2)
+            for n in range(count)
+            for kind in ("jpg", "cls")
+        }
+        tar(folder / "imagenet-1k-wds" / f"imagenet1k-{split}-0.tar", members)
     question = QUESTIONS[0]
     row = {
         "image": "images/000.jpg",

@@ -18,6 +18,8 @@ from pivot_megatron.config.load import dump_config, load_config
 from pivot_megatron.config.schema import Layout, Recompute
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.flops import Flops, pack_flops
+from pivot_megatron.plan.hardware import gpu
+from pivot_megatron.plan.machine import write_machine
 from pivot_megatron.runtime.regions import Regions
 from pivot_megatron.train.run_folder import read_metrics
 from pivot_megatron.train.session import prepare
@@ -124,7 +126,9 @@ def test_one_batch_again_and_again(workers: Workers, data: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_every_layout_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_machine(gpu("h100"), tmp_path / "machine.yaml")  # whose plan a CPU's times have nothing to do with
     arguments = ["--shape", "tiny", "--rounds", "2", "--steps", "2", "--processes", "2"]
+    arguments += ["--machine", str(tmp_path / "machine.yaml")]
     assert main(["bench", "layouts", *arguments, "--out", str(tmp_path / "b"), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree == json.loads((tmp_path / "b" / "layouts.json").read_text())
@@ -136,8 +140,20 @@ def test_every_layout_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFix
     assert weights > 0
     for one in tree["layouts"]:
         assert_consistent(one, tree["gemm_peak"], weights)
+        assert one["step_off"] == pytest.approx(one["predicted"]["step_seconds"] / one["step_seconds"]["median"] - 1)
+        assert len(one["predicted"]["peak_bytes"]) == one["pipeline"]
     assert (tmp_path / "b" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "b" / "layouts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_machine_without_the_runs_precision_is_refused_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    h100 = gpu("h100")
+    rates = replace(h100.rates[1], gemm={dtype: line for dtype, line in h100.rates[1].gemm.items() if dtype != "fp32"})
+    write_machine(replace(h100, rates={1: rates}), tmp_path / "machine.yaml")
+    arguments = ["--shape", "tiny", "--processes", "1", "--machine", str(tmp_path / "machine.yaml")]
+    assert main(["bench", "layouts", *arguments, "--out", str(tmp_path / "b")]) == 2
+    assert "has no rate of products in fp32, it has bf16, fp8" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "runs").exists()
 
 
 def assert_consistent(one: Mapping[str, object], gemm_peak: float, weights: int) -> None:

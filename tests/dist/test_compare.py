@@ -23,7 +23,7 @@ from tests.dist.runs import config_tree
 from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
 from tests.harness import Workers
 from tests.html_page import whole_page
-from tests.unit.test_tracking import Fake
+from tests.trackers import Fake
 
 
 def write_run(world: Path, folder: Path, name: str, **changes: Any) -> Path:  # noqa: F811

@@ -31,7 +31,7 @@ from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree, make_world, train_at
 from tests.harness import Workers
 from tests.html_page import whole_page
-from tests.unit.test_tracking import Fake
+from tests.trackers import Fake
 
 FREEZE = [{"match": "encoder.*", "rate": "frozen"}]
 

@@ -17,7 +17,7 @@ from pivot_megatron.config.schema import Layout
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
 from tests.harness import Workers
-from tests.unit.test_tracking import as_given, events, single, wandb_history
+from tests.trackers import as_given, events, single, wandb_history
 
 installed = all(importlib.util.find_spec(package) for package in ("wandb", "tensorboard"))
 

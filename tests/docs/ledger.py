@@ -220,7 +220,7 @@ NOT_RUN = {
     },
     "pip install --no-deps -e .": "would change the environment that runs this",
     "pip install -c constraints.txt transformers tokenizers safetensors pillow pydantic pyyaml webdataset pyarrow psutil tqdm "
-    "scikit-learn matplotlib jinja2": "would change the environment that runs this",
+    "scipy scikit-learn matplotlib jinja2": "would change the environment that runs this",
     "pip install pivot-megatron[nemo]": "would change the environment that runs this",
     ".venv/bin/pytest -m not slow tests/parity/test_families.py tests/parity/test_export.py tests/parity/test_shapes.py -k clip or CLIP": (
         "a part of `make test`"
@@ -230,4 +230,4 @@ NOT_RUN = {
     "python -m venv lmms": "lmms-eval and its questions come from the network",
 }
 NOT_RUN_PROGRAMS = {"lmms/bin/pip", "lmms/bin/python", "lmms/bin/accelerate", "docker", "enroot", "apptainer"}
-"""Of lmms-eval's environment, which is not here, and of containers: their images' steps are run by tests/package."""
+"""Of lmms-eval's environment, which is not here, and of containers: the GPU image's steps are run by tests/package."""

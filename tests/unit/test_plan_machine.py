@@ -21,7 +21,10 @@ CONSTANTS = yaml.safe_load((Path(hardware.__file__).parent / "hardware.yaml").re
 def test_every_gpu_has_its_source_and_sensible_rates() -> None:
     assert set(gpu_names()) == {"a100", "h100", "h200", "b200"} == set(CONSTANTS["gpus"])
     for name in gpu_names():
-        assert "data sheet (20" in CONSTANTS["gpus"][name]["source"]
+        sheet = CONSTANTS["gpus"][name]
+        assert "data sheet (20" in sheet["source"]
+        assert {"gibibytes", "network_gigabytes_a_second"} <= sheet["besides"].keys() < sheet.keys()
+        assert all(told(text) for text in sheet["besides"].values())
         machine = gpu(name)
         assert CONSTANTS["gpus"][name]["source"] in machine.source
         rates = machine.rates_of(8)
@@ -31,6 +34,17 @@ def test_every_gpu_has_its_source_and_sensible_rates() -> None:
             and machine.network.send.bandwidth < machine.node.send.bandwidth < rates.elementwise
         )
         assert machine.memory < CONSTANTS["gpus"][name]["gibibytes"] * 2**30
+
+
+def told(text: str) -> bool:
+    """Whether it says where a figure is from, or that it is assumed and why."""
+    kind, _, why = text.partition(": ")
+    return kind in ("assumed", "source") and len(why.split()) > 2
+
+
+def test_every_assumption_has_its_reason() -> None:
+    assert CONSTANTS["reasons"].keys() == {*CONSTANTS["assumptions"], "lengths"}
+    assert [name for name, text in CONSTANTS["reasons"].items() if not told(text)] == []
 
 
 def test_a_kernel_takes_the_longer_of_its_products_and_its_traffic() -> None:

@@ -21,8 +21,8 @@ from pivot_megatron.recipe.evolution import figures as evolution_figures
 from pivot_megatron.report.page import Page
 from pivot_megatron.report.tracked import track
 from pivot_megatron.train import tracker, tracking
+from tests.trackers import Fake, events, needs_tensorboard, needs_wandb, single, wandb_history
 from tests.unit.test_probe_linear import encoders, write_set  # noqa: F401  (a fixture)
-from tests.unit.test_tracking import Fake, events, needs_tensorboard, needs_wandb, single, wandb_history
 
 PAGE = Page("Title", "Lead.", [], {"draws": "3"}, {"torch": "2"})
 

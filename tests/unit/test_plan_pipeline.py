@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivot_megatron.config.schema import Layout
-from pivot_megatron.plan.memory import in_flight
+from pivot_megatron.config.schema import Batch, Layout, Precision, Recompute
+from pivot_megatron.plan.estimate import Estimate, Subject, estimate
+from pivot_megatron.plan.explain import arithmetic
+from pivot_megatron.plan.hardware import GIB, gpu
+from pivot_megatron.plan.memory import encoder_in_flight, in_flight, kept_bytes
+from pivot_megatron.plan.model_work import head_layer, numbers_of
 from pivot_megatron.plan.step_time import pipelined
+from pivot_megatron.plan.workload import Lengths
+from tests.plans import HEADS, SO400M, model
 
 Task = tuple[str, int, int]
 """Forward or backward, which chunk, which micro-batch."""
@@ -61,13 +68,14 @@ def simulated(stages: Sequence[float], micro_batches: int, chunks: int = 1) -> t
                 places[stage] += 1
                 moved = True
         assert moved, "the order waits for itself"
-    held = []
-    for tasks in orders:
-        alive = [0]
-        for way, *_ in tasks:
-            alive.append(alive[-1] + (1 if way == "forward" else -1))
-        held.append(max(alive))
-    return max(clocks), held
+    return max(clocks), [most_held(tasks) for tasks in orders]
+
+
+def most_held(tasks: Sequence[Task]) -> int:
+    alive = [0]
+    for way, *_ in tasks:
+        alive.append(alive[-1] + (1 if way == "forward" else -1))
+    return max(alive)
 
 
 LAYOUTS = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
@@ -82,6 +90,61 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(sizes: tuple[int, int
     layout = Layout(pipeline=stages, virtual_pipeline=chunks)
     _, held = simulated([1.0] * stages, micro_batches, chunks)
     assert [in_flight(layout, stage, micro_batches) * chunks for stage in range(stages)] == held
+
+
+@given(LAYOUTS)
+def test_images_in_flight_are_those_of_the_first_chunk(sizes: tuple[int, int, int]) -> None:
+    stages, chunks, groups = sizes
+    if stages == 1:
+        chunks = 1
+    micro_batches = groups * stages if chunks > 1 else groups
+    first = [task for task in order(0, stages, micro_batches, chunks) if task[1] == 0]
+    assert encoder_in_flight(Layout(pipeline=stages, virtual_pipeline=chunks), micro_batches) == most_held(first)
+
+
+def planned(chunks: int) -> Estimate:
+    """Of 72B, 80 layers, over four stages; 32 micro-batches, of one pair each."""
+    pair = Lengths(636, (200, 200), 400, 1, 576)
+    batch = Batch(32, 1036, steps=1)
+    arch = model(SO400M, HEADS["72B"])
+    subject = Subject(arch, Precision(), Recompute("none", "none"), (), batch, (pair,) * 32)
+    return estimate(subject, Layout(tensor=8, pipeline=4, virtual_pipeline=chunks), 32, gpu("h100"))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_stage_keeps_the_layers_of_every_chunk_that_it_holds(chunks: int) -> None:
+    """And, a micro-batch in flight, what comes in and what goes out; on the last stage less of the last layer."""
+    found = planned(chunks)
+    (pack,) = set(found.packs)
+    layer = kept_bytes(
+        head_layer(found.subject.arch.head), numbers_of(Precision(), "llm", 8, True), pack.tokens, pack.keys, "none"
+    )
+    _, held = simulated([1.0] * 4, 32, chunks)
+    between = [2 * (2 * pack.tokens * 8192 / 8) * passes / chunks for passes in held]
+    # Past its attention: two of the stream, and gate, value and their product; in bf16.
+    unscored = 2 * (pack.tokens - 400) * (2 * 8192 + 3 * 29568) / 8
+    expected = [passes * 20 / chunks * layer + more for passes, more in zip(held, between, strict=True)]
+    expected[-1] -= unscored
+    assert len(found.packs) == 32 and [s.memory.activations for s in found.stages] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_what_is_explained_multiplies_to_what_stands_beside(chunks: int) -> None:
+    """But for what stands between stages, the pixels and the projector's, which are counted here by hand."""
+    found = planned(chunks)
+    (pack,) = set(found.packs)
+    rows = {part: (how, float(gib)) for part, how, gib in arithmetic(found, 0)}
+    pattern = r"(\d+) layers x ([\d.,]+) MiB a layer .* x ([\d.]+) (?:micro-batches )?in flight"
+    factors = {part: re.match(pattern, rows[part][0]) for part in ("activations", "encoder")}
+    (layers, each, alive), (seen, one, images) = (
+        [float(text.replace(",", "")) for text in match.groups()] for match in factors.values() if match
+    )
+    assert (layers, seen) == (20, 26)
+    activations = layers * each / 1024 * alive + alive * 2 * (2 * pack.tokens * 8192 / 8) / GIB
+    assert activations == pytest.approx(rows["activations"][1], abs=0.006 + 0.05 / each * activations)
+    projector = 2 * 576 * (1152 / 8 + (2 / 8 + 1) * 8192)
+    vision = seen * one / 1024 * images + (images * projector + 4 * 3 * 384**2) / GIB
+    assert vision == pytest.approx(rows["encoder"][1], abs=0.006 + 0.05 / one * vision)
 
 
 @given(LAYOUTS)

@@ -127,16 +127,13 @@ def time_rows(found: Estimate, stage: int) -> list[list[str]]:
 
 
 def step_lines(found: Estimate) -> list[str]:
-    slow, count, chunks = found.slowest, len(found.packs), found.layout.virtual_pipeline
-    each = [stage.passage.total for stage in found.stages]
+    slow, count = found.slowest, len(found.packs)
+    work = count * slow.passage.total
+    waits = "in which it waits for others, every pass played through" if found.layout.virtual_pipeline > 1 else ""
+    rest = f" + {_ms(found.passages_seconds - work)} ms {waits or 'of the others, to fill and drain'}"
     lines = [
-        f"Micro-batches: {count} x {_ms(slow.passage.total)} ms on the slowest stage"
-        + (
-            f" + {_ms(sum(each) - max(each))} ms of the others{f' / {chunks} chunks' if chunks > 1 else ''}, to fill and drain"
-            if len(each) > 1
-            else ""
-        )
-        + f" = {_ms(found.passages_seconds)} ms"
+        f"Micro-batches: {count} x {_ms(slow.passage.total)} ms on the slowest stage{rest if len(found.stages) > 1 else ''}"
+        f" = {_ms(found.passages_seconds)} ms"
     ]
     if found.subject.online:
         lines.append(f"Frozen reference, forward: {_ms(found.forward_seconds)} ms")

@@ -46,16 +46,20 @@ def _divisors(number: int) -> list[int]:
 
 
 def _ends(layers: int, stages: int) -> Iterator[tuple[int | None, int | None]]:
-    """(first, last) stage's layers, None for as many as all others: fewer where the encoder stands, or the output layer."""
+    """(first, last) stage's layers, None for as many as all others: fewer where the encoder stands, the output layer, or both.
+    Of two stages the first has any number, and the last the rest."""
     if layers % stages == 0:
         yield None, None
     if stages == 1:
         return
-    for first in range(1, layers // stages + 1):
-        if (layers - first) % (stages - 1) == 0 and layers != first * stages:
-            yield first, None
+    most = layers - 1 if stages == 2 else layers // stages
+    for end in range(1, most + 1):
+        if (layers - end) % (stages - 1) == 0 and layers != end * stages:
+            yield end, None
+            if stages > 2:
+                yield None, end
     if stages < 3:
         return
     for between in range(-(-layers // stages), -(-layers // stages) + 2):
         both = layers - between * (stages - 2)
-        yield from ((both - last, last) for last in range(max(1, both // 2), min(between, both)))
+        yield from ((first, both - first) for first in range(max(1, both - between + 1), min(between, both)))

@@ -43,28 +43,33 @@ class DryRun:
         fp8 = "; FP8, which is left out, changes none of them" if self.build.precision.fp8 else ""
         return f"Built of megatron-core's own layers, which hold the parameters that Transformer Engine's do{fp8}."
 
-    def table(self) -> str:
-        """A line a stage, of one of its ranks; then what was built, and each difference."""
+    @property
+    def processes(self) -> str:
         layout = self.build.layout
         replicas = self.build.gpus // layout.model_parallel_size
-        lines = [
-            f"{self.build.gpus} processes: tensor {layout.tensor} x pipeline {layout.pipeline} x data {replicas}",
-            *aligned([_TITLES, *map(_cells, self.stages)]),
-            self.how,
-        ]
+        return f"{self.build.gpus} processes: tensor {layout.tensor} x pipeline {layout.pipeline} x data {replicas}"
+
+    def rows(self) -> list[list[str]]:
+        """A stage each, of one of its ranks; the heads first."""
+        return [list(_TITLES), *map(_cells, self.stages)]
+
+    def table(self) -> str:
+        """A line a stage; then what was built, and the first differences."""
+        lines = [self.processes, *aligned(self.rows()), self.how]
         if self.passed:
-            return "\n".join([*lines, "Names, shapes, types and what trains are as planned on every rank."])
+            return "\n".join([*lines, AS_PLANNED])
         shown, rest = self.differences[:_SHOWN], len(self.differences) - _SHOWN
         return "\n".join([*lines, *shown, *([f"and {rest} more"] if rest > 0 else [])])
 
 
+AS_PLANNED = "Names, shapes, types and what trains are as planned on every rank."
 _TITLES = ("stage", "ranks", "LLM layers", "parameters", "of them train", "weights")
 
 
-def _cells(stage: StageFound) -> tuple[str, ...]:
+def _cells(stage: StageFound) -> list[str]:
     layers = ", ".join(_span(chunk.layers) for chunk in stage.chunks)
     size = f"{stage.weight_bytes / 2**30:.2f} GiB"
-    return str(stage.stage), _span(stage.ranks), layers, f"{stage.parameters:,}", f"{stage.training:,}", size
+    return [str(stage.stage), _span(stage.ranks), layers, f"{stage.parameters:,}", f"{stage.training:,}", size]
 
 
 def _span(numbers: range) -> str:

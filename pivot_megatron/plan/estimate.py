@@ -19,9 +19,10 @@ from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.memory import Memory, stage_memory
 from pivot_megatron.plan.model_work import Model, Weights
 from pivot_megatron.plan.parameters import held
+from pivot_megatron.plan.pipeline import even, interleaved
 from pivot_megatron.plan.prediction import Prediction
 from pivot_megatron.plan.stages import Chunk, chunks
-from pivot_megatron.plan.step_time import Ends, Passage, ends, passage, pipelined
+from pivot_megatron.plan.step_time import Ends, Passage, ends, passage
 from pivot_megatron.plan.workload import Lengths, Pack
 
 
@@ -45,17 +46,31 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class ChunkSeconds:
+    """Of the mean micro-batch: its passes `forward` and `backward` through a chunk, and, of each, messages to and from other
+    stages, `sends`."""
+
+    forward: float
+    backward: float
+    sends: float
+
+
+@dataclass(frozen=True)
 class StageEstimate:
     """`layers`: of the language model. `passage`: of the mean micro-batch of the rank with the most work, `forward`: its way
-    through alone. `sends`: seconds of a passage's messages that are the pipeline's own. `weights`: of each chunk."""
+    through alone. `sends`: seconds of a passage's messages that are the pipeline's own. `weights`, `chunks`: of each chunk."""
 
     layers: int
     weights: tuple[Weights, ...]
     memory: Memory
     passage: Passage
     forward: Passage
-    sends: float
+    chunks: tuple[ChunkSeconds, ...]
     ends: Ends
+
+    @property
+    def sends(self) -> float:
+        return sum(2 * chunk.sends for chunk in self.chunks)
 
     @property
     def parameters(self) -> int:
@@ -82,15 +97,19 @@ class Estimate:
     @cached_property
     def forward_seconds(self) -> float:
         """Of one global batch through a frozen reference."""
-        return self._pipelined([stage.forward.total for stage in self.stages])
+        if self.layout.virtual_pipeline == 1:
+            return even([stage.forward.total for stage in self.stages], len(self.packs))
+        ahead = tuple(tuple(chunk.forward for chunk in stage.chunks) for stage in self.stages)
+        return interleaved(ahead, None, len(self.packs))
 
     @cached_property
     def passages_seconds(self) -> float:
         """Of a step's micro-batches, forward and backward."""
-        return self._pipelined([stage.passage.total for stage in self.stages])
-
-    def _pipelined(self, stages: Sequence[float]) -> float:
-        return pipelined(stages, len(self.packs), self.layout.virtual_pipeline)
+        if self.layout.virtual_pipeline == 1:
+            return even([stage.passage.total for stage in self.stages], len(self.packs))
+        ahead = tuple(tuple(chunk.forward + chunk.sends for chunk in stage.chunks) for stage in self.stages)
+        back = tuple(tuple(chunk.backward + chunk.sends for chunk in stage.chunks) for stage in self.stages)
+        return interleaved(ahead, back, len(self.packs))
 
     @property
     def data_parallel(self) -> int:
@@ -186,9 +205,9 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
         own = [chunk for chunk in found if chunk.stage == stage]
         weights = [_weights(subject.arch, layout.tensor, chunk, subject.rules) for chunk in own]
         trained = sum(w.trained for w in weights)
-        passage_of = sum((passages.of(chunk) for chunk in own), Passage())
-        sends = _stage_messages(model, layout, machine, data_parallel, stage, largest)
-        passage_of += Passage(messages=sends)
+        times = tuple(passages.seconds(chunk, _sends(model, machine, data_parallel, chunk, largest)) for chunk in own)
+        sent = Passage(messages=sum(2 * chunk.sends for chunk in times))
+        passage_of = sum((passages.of(chunk) for chunk in own), sent)
         memory = stage_memory(model, machine, own, weights, largest, len(packs), data_parallel, subject.online)
         shared = _shared_words(subject.arch, layout, stage)
         stages.append(
@@ -198,7 +217,7 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
                 memory=memory,
                 passage=passage_of,
                 forward=sum((passages.forward_of(chunk) for chunk in own), Passage()),
-                sends=sends,
+                chunks=times,
                 ends=ends(trained, layout, subject.precision, machine, data_parallel, 2 / 3 * passage_of.total, shared),
             )
         )
@@ -258,6 +277,10 @@ class _Passages:
     def forward_of(self, chunk: Chunk) -> Passage:
         return self._counted(chunk)[1]
 
+    def seconds(self, chunk: Chunk, sends: float) -> ChunkSeconds:
+        both, ahead, _ = self._counted(chunk)
+        return ChunkSeconds(ahead.total, both.total - ahead.total, sends)
+
     def useful_flops(self, chunk: Chunk) -> float:
         """Of all micro-batches; what is made anew not counted."""
         return self._counted(chunk)[2]
@@ -314,10 +337,9 @@ def _flops(arch: Architecture, sample: Lengths) -> float:
     return sample.images * one + head_flops(arch.head, sample.segments, sample.scored)
 
 
-def _stage_messages(
-    model: Model, layout: Layout, machine: Machine, data_parallel: int, stage: int, pack: Pack
-) -> float:
-    """Seconds a micro-batch that a stage sends and receives for, activations and their gradients, to the next one and back."""
+def _sends(model: Model, machine: Machine, data_parallel: int, chunk: Chunk, pack: Pack) -> float:
+    """Seconds that a micro-batch's pass through a chunk sends and receives for: activations, or their gradients, in and out."""
+    layout = model.layout
     if layout.pipeline == 1:
         return 0.0
     link = machine.links(
@@ -325,8 +347,7 @@ def _stage_messages(
     ).send
     size = 2 if model.precision.compute == "bf16" else 4
     sent = size * pack.tokens * model.arch.head.hidden / layout.tensor
-    crossings = 2 * layout.virtual_pipeline - (stage == 0) - (stage == layout.pipeline - 1)
-    return 2 * crossings * link.time(sent)
+    return (2 - chunk.first - chunk.last) * link.time(sent)
 
 
 def _shared_words(arch: Architecture, layout: Layout, stage: int) -> int:

@@ -8,7 +8,7 @@ from pivot_megatron.plan.columns import aligned
 from pivot_megatron.plan.estimate import Estimate
 from pivot_megatron.plan.hardware import GIB
 from pivot_megatron.plan.limits import spent
-from pivot_megatron.plan.memory import Memory, in_flight, kept_bytes, weight_bytes
+from pivot_megatron.plan.memory import Memory, encoder_in_flight, in_flight, kept_bytes, weight_bytes
 from pivot_megatron.plan.model_work import encoder_layer, head_layer, numbers_of
 from pivot_megatron.plan.operations import operations
 from pivot_megatron.plan.plan import recomputing
@@ -75,6 +75,7 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
     numbers = numbers_of(subject.precision, "llm", found.layout.tensor, found.machine.transformer_engine)
     head = kept_bytes(head_layer(subject.arch.head), numbers, pack.tokens, pack.keys, subject.recompute.llm)
     alive = in_flight(found.layout, stage, len(found.packs))
+    filled = encoder_in_flight(found.layout, len(found.packs))
     vision = numbers_of(subject.precision, "encoder", found.layout.tensor, found.machine.transformer_engine)
     images, places = pack.images(subject.arch.encoder.places)
     kept = subject.arch.encoder_layers if any(w.encoder for w in one.weights) else 0  # a frozen encoder keeps nothing
@@ -85,9 +86,10 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
         "gradients": f"{one.trained:,} trained x 4 bytes",
         "optimizer": f"{one.trained:,} trained x {8 if size == 4 else 12} bytes / {replicas} replicas",
         "activations": f"{one.layers} layers x {_mib(head)} MiB a layer ({subject.recompute.llm}) of {pack.tokens:,} tokens x "
-        f"{alive:g} micro-batches in flight, and what stands between stages",
+        f"{alive:g} micro-batches in flight, and what stands between stages"
+        + (", less what the last layer keeps of answers alone" if stage == found.layout.pipeline - 1 else ""),
         "encoder": f"{kept} layers x {_mib(seen)} MiB a layer ({subject.recompute.encoder}) of "
-        f"{images} images, {places:,} places x {min(alive, len(found.packs)):g} in flight, projector and pixels"
+        f"{images} images, {places:,} places x {filled} in flight, projector and pixels"
         if first
         else "none on this stage",
         "logits": f"tiles of {found.machine.logits_tile / 2**20:.0f} MiB, {pack.scored:,} tokens of answers"
@@ -125,16 +127,13 @@ def time_rows(found: Estimate, stage: int) -> list[list[str]]:
 
 
 def step_lines(found: Estimate) -> list[str]:
-    slow, count, chunks = found.slowest, len(found.packs), found.layout.virtual_pipeline
-    each = [stage.passage.total for stage in found.stages]
+    slow, count = found.slowest, len(found.packs)
+    work = count * slow.passage.total
+    waits = "in which it waits for others, every pass played through" if found.layout.virtual_pipeline > 1 else ""
+    rest = f" + {_ms(found.passages_seconds - work)} ms {waits or 'of the others, to fill and drain'}"
     lines = [
-        f"Micro-batches: {count} x {_ms(slow.passage.total)} ms on the slowest stage"
-        + (
-            f" + {_ms(sum(each) - max(each))} ms of the others{f' / {chunks} chunks' if chunks > 1 else ''}, to fill and drain"
-            if len(each) > 1
-            else ""
-        )
-        + f" = {_ms(found.passages_seconds)} ms"
+        f"Micro-batches: {count} x {_ms(slow.passage.total)} ms on the slowest stage{rest if len(found.stages) > 1 else ''}"
+        f" = {_ms(found.passages_seconds)} ms"
     ]
     if found.subject.online:
         lines.append(f"Frozen reference, forward: {_ms(found.forward_seconds)} ms")

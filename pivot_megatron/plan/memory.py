@@ -60,17 +60,17 @@ def stage_memory(
     head = head_layer(model.arch.head)
     numbers = numbers_of(model.precision, "llm", model.layout.tensor, model.fused)
     last = any(chunk.last for chunk in chunks)
-    layers = [len(chunk.layers) - chunk.last for chunk in chunks]
+    layers = sum(len(chunk.layers) for chunk in chunks)
     kept = kept_bytes(head, numbers, pack.tokens, pack.keys, model.recompute.llm)
     alive = in_flight(model.layout, chunks[0].stage, micro_batches)
-    activations = alive * kept * sum(layers) / len(chunks)
-    if last:  # what its last layer keeps past its attention is of answers alone
-        unwanted = pack.tokens - pack.scored
-        activations += kept - _past_attention(head, numbers, unwanted, model.recompute.llm)
+    activations = alive * kept * layers
+    if last:  # its last layer, of which one micro-batch is in flight, keeps past its attention what is of answers alone
+        activations -= _past_attention(head, numbers, pack.tokens - pack.scored, model.recompute.llm)
     trains = any(w.encoder for w in weights)
-    encoder, vision_working = _vision(model, pack, min(alive, micro_batches), trains) if chunks[0].first else (0.0, 0.0)
+    images = encoder_in_flight(model.layout, micro_batches)
+    encoder, vision_working = _vision(model, pack, images, trains) if chunks[0].first else (0.0, 0.0)
     working = max(
-        _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if sum(layers) else 0.0, vision_working
+        _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if layers > last else 0.0, vision_working
     )
     return Memory(
         weights=size * count,
@@ -94,6 +94,12 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
         return float(min(micro_batches, stages - stage))
     warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
     return min(micro_batches * chunks, warm_up) / chunks
+
+
+def encoder_in_flight(layout: Layout, micro_batches: int) -> int:
+    """Micro-batches whose images' activations the first stage holds at once. They pass through its first chunk, which an
+    interleaved schedule fills for a second round of the stages before the first round comes back."""
+    return min(micro_batches, layout.pipeline * (1 if layout.virtual_pipeline == 1 else 2))
 
 
 def kept_bytes(
@@ -140,7 +146,7 @@ def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: 
     return gradients + gathered + again
 
 
-def _vision(model: Model, pack: Pack, alive: float, trains: bool) -> tuple[float, float]:
+def _vision(model: Model, pack: Pack, alive: int, trains: bool) -> tuple[float, float]:
     """(kept, working) bytes of encoder and projector. A frozen encoder has no backward pass to keep anything for."""
     arch, tensor = model.arch, model.layout.tensor
     numbers = numbers_of(model.precision, "encoder", tensor, model.fused)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.plan.dry_run import DryRun
+from pivot_megatron.plan.dry_run import AS_PLANNED, DryRun
 from pivot_megatron.plan.estimate import Estimate
 from pivot_megatron.plan.explain import arithmetic, memory_rows, mode_rows, step_lines, time_rows
 from pivot_megatron.plan.limits import limited_by, spent
@@ -37,7 +37,7 @@ def as_json(report: Report) -> str:
 
 
 def as_tree(report: Report) -> dict[str, Any]:
-    """Seconds, bytes and counts; every layout that was estimated."""
+    """Seconds, bytes and counts; every layout that was estimated. Ranks and layers are given by the first and the last."""
     tree: dict[str, Any] = {
         "run": report.run,
         "gpus": report.plan.gpus,
@@ -48,7 +48,7 @@ def as_tree(report: Report) -> dict[str, Any]:
     if report.scaling:
         tree["scaling"] = {name: _points(getattr(report.scaling, name)) for name in ("strong", "weak")}
     if report.dry_run:
-        tree["dry_run"] = {"passed": report.dry_run.passed, "differences": list(report.dry_run.differences)}
+        tree["dry_run"] = _dry_tree(report.dry_run)
     return tree
 
 
@@ -75,6 +75,25 @@ def _layout(rank: int, found: Estimate) -> dict[str, Any]:
             | {"memory": dataclasses.asdict(stage.memory) | {"total": stage.memory.total}}
             for stage in found.stages
         ],
+    }
+
+
+def _dry_tree(found: DryRun) -> dict[str, Any]:
+    return {
+        "passed": found.passed,
+        "layout": dataclasses.asdict(found.build.layout),
+        "stages": [
+            {
+                "stage": stage.stage,
+                "ranks": [stage.ranks[0], stage.ranks[-1]],
+                "layers": [[chunk.layers[0], chunk.layers[-1]] for chunk in stage.chunks],
+                "parameters": stage.parameters,
+                "trained": stage.training,
+                "weight_bytes": stage.weight_bytes,
+            }
+            for stage in found.stages
+        ],
+        "differences": list(found.differences),
     }
 
 
@@ -160,8 +179,17 @@ def _page(report: Report, versions: Mapping[str, str], folder: Path) -> Page:
             )
         )
     if report.dry_run:
-        sections.append(Section("Dry run", [], lead=" ".join(report.dry_run.table().splitlines()[-1:])))
+        sections.append(_dry_section(report.dry_run))
     return Page(f"Plan of {report.run}", lead, sections, facts(report.planned, plan), versions)
+
+
+def _dry_section(found: DryRun) -> Section:
+    stages = Table(found.rows(), (2,))
+    lead = f"A model of every stage on no device, for {found.processes}. {found.how}"
+    if found.passed:
+        return Section("Dry run", [stages], lead=lead, note=AS_PLANNED)
+    differences = [["difference"], *([difference] for difference in found.differences)]
+    return Section("Dry run", [stages, Table(differences, (0,))], lead=lead)
 
 
 def _picture(path: Path, name: str) -> Pictures:

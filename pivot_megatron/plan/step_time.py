@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pivot_megatron.config.schema import Layout, Precision
@@ -108,10 +108,3 @@ def ends(
     # gradient and two moments, and once more in 16 bits.
     touched = 4.0 * trained + trained / data_parallel * (4 + 8 + 28 + (size if size == 2 else 0))
     return Ends(reduced, touched / rates.update, gathered)
-
-
-def pipelined(stages: Sequence[float], micro_batches: int, virtual: int) -> float:
-    """Seconds of a step's passages, 1F1B: every stage once to fill and drain, and the slowest for all other micro-batches; chunks
-    that are visited in turn divide the time in which the slowest has nothing to do (Narayanan et al. 2021, section 2.2)."""
-    slowest = max(stages)
-    return micro_batches * slowest + (sum(stages) - slowest) / virtual

@@ -23,6 +23,7 @@ from pivot_megatron.plan.hardware import gpu, known_architecture
 from pivot_megatron.plan.machine import write_machine
 from pivot_megatron.plan.rehearsal import Build, StageFound
 from pivot_megatron.plan.scaling import against_ideal, scaling
+from pivot_megatron.plan.stages import chunks
 from pivot_megatron.plan.subject import planned
 from pivot_megatron.plan.workload import Lengths
 from tests.html_page import whole_page
@@ -197,6 +198,38 @@ def test_a_dry_run_is_of_the_first_layout_or_the_runs_own(
     assert ran(tmp_path, "--dry-run", "--layout", "own", "layout.tensor=2") == code
     assert built[1].layout == Layout(tensor=2) and built[1].gpus == 8
     assert "Dry run of the run's own layout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [0, 30])
+def test_the_page_and_the_json_of_a_dry_run_have_every_stage_and_every_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """More of them than are printed."""
+    differences = tuple(f"rank 1: llm.{n}: expected none, found [2]" for n in range(count))
+    layers = chunks(24, Layout(pipeline=2))
+
+    def dry_run(build: Build) -> DryRun:
+        first = StageFound(0, layers[:1], range(4), (0,), 1_234_567, 89_012, 2469134, ())
+        return DryRun(
+            build, (first, StageFound(1, layers[1:], range(4, 8), (4,), 7_654_321, 7_654_000, 15308642, differences))
+        )
+
+    monkeypatch.setattr(commands, "dry_run", dry_run)
+    assert ran(tmp_path, "--dry-run", "--layout", "own", "layout.pipeline=2") == (1 if count else 0)
+    found = json.loads((tmp_path / "plan.json").read_text())["dry_run"]
+    assert found["differences"] == list(differences) and found["passed"] is (not count)
+    assert found["layout"]["pipeline"] == 2 and [stage["layers"] for stage in found["stages"]] == [
+        [[0, 11]],
+        [[12, 23]],
+    ]
+    assert [(s["ranks"], s["parameters"], s["trained"], s["weight_bytes"]) for s in found["stages"]] == [
+        ([0, 3], 1_234_567, 89_012, 2469134),
+        ([4, 7], 7_654_321, 7_654_000, 15308642),
+    ]
+    text = whole_page(tmp_path / "report.html").text
+    assert "8 processes: tensor 1 x pipeline 2 x data 4" in text and "12-23" in text and "7,654,321" in text
+    assert all(difference in text for difference in differences)
+    assert ("as planned on every rank" in text) is (not count)
 
 
 def test_columns_of_words_stand_to_the_left() -> None:

@@ -54,8 +54,10 @@ def linear_probe(
     winning ties, then refitted on all of it.
 
     Args:
-        train_x, test_x: `[samples, hidden]`.
-        train_y, test_y: `[samples]`, class indices.
+        train_x: `[samples, hidden]`.
+        train_y: `[samples]`, class indices.
+        test_x: as `train_x`, of the test set.
+        test_y: as `train_y`, of the test set.
         cache: a folder that keeps what the fits get right for the next time that they would be made of the same arrays.
 
     Raises:

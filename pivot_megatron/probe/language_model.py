@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pivot_megatron.convert.fingerprint import folder_fingerprint
+from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.features import Say, silent
 from pivot_megatron.probe.kept import kept
@@ -40,10 +41,11 @@ def text_features(
 
 @torch.no_grad()
 def _layer_means(folder: Path, texts: Sequence[str], batch: int, say: Say) -> Tensor:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     device = current_platform().device
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer: Any = load_tokenizer(folder)
+    tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     loaded: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if missing := loaded[1]["missing_keys"]:  # which would be drawn at random

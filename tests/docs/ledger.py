@@ -27,6 +27,7 @@ RUNS = (
     Run("pivot check configs/run/*.yaml"),
     Run("pivot train configs/run/1a_align.yaml", SMALL),
     Run("pivot train configs/run/1b_pretrain.yaml", SMALL),
+    Run("pivot reference configs/run/2_dpo.yaml layout.tensor=2", SMALL),
     Run("pivot train configs/run/2_dpo.yaml layout.tensor=2", SMALL),
     Run(
         "pivot convert export runs/2_dpo --part encoder --out evolved --last-layer original --original checkpoints/siglip2-so400m-patch16-384"
@@ -121,6 +122,12 @@ RUNS = (
         "pivot plan configs/run/2_dpo.yaml "
         "--encoder siglip2-so400m-patch16-384 --head qwen2.5-7b --samples 20000 --scaling"
     ),
+    Run("pivot bench calibrate --out machine.yaml", "--processes 1 --precision fp32"),
+    Run(
+        "pivot plan RUN.yaml --machine machine.yaml --gpus 2",
+        SMALL,
+        {"RUN.yaml": "configs/run/2_dpo.yaml", "--gpus 2": "--gpus 1"},
+    ),
     Run("pivot convert export runs/2_dpo --part mllm --out exports/mllm"),
     Run("pivot convert export runs/2_dpo --part encoder --out exports/encoder"),
     Run("pivot convert export runs/3b_reassemble_tune --part mllm --out exports/pivot"),
@@ -186,6 +193,7 @@ ELSEWHERE = {
     "--test runs/tiny/data/scenes/test": "tests/dist/test_compare.py::test_the_command",
     "pivot bench layouts --shape body": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
     "pivot bench layouts --shape body --processes 2": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
+    "pivot bench layouts RUN.yaml --machine machine.yaml": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
     "pivot bench layouts RUN.yaml": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
     "pivot bench layouts configs/run/2_dpo.yaml --processes 8": "tests/dist/test_layouts.py::test_every_layout_of_two_processes",
     "pivot bench layouts RUN.yaml configs/layout/tp1.yaml configs/layout/tp2.yaml --rounds 3 --steps 5 --no-data "
@@ -196,7 +204,8 @@ ELSEWHERE = {
     "docker/install.sh project ~/pivot": (
         "tests/package/test_install.py::test_what_runs_is_the_folder_that_a_checkout_may_be_mounted_on"
     ),
-    "pivot bench peers --shape vocabulary": "tests/parity/test_trl.py::test_first_steps_equal_trl",
+    "docker/install.sh check ~/pivot": "tests/package/test_install.py::test_a_torch_put_before_the_images_ends_the_build",
+    "pivot bench peers --shape vocabulary": "tests/parity/test_bench_peers.py::test_both_sides_are_run_and_agree",
     "pivot data inspect shards/mine --sheet page.html --tokenizer checkpoints/Qwen2.5-1.5B-Instruct": (
         "tests/docs/test_examples.py::test_a_data_set_is_added"
     ),
@@ -209,6 +218,15 @@ ELSEWHERE = {
     ),
 }
 
+VERBS = {
+    "pivot demo": "tests/dist/test_demo.py::test_demo_goes_on_after_ctrl_c_and_kill",
+    "pivot bench profile": "tests/unit/test_bench_profile.py::test_every_kind_of_operation_has_its_share_of_a_step",
+    "pivot bench convert": "tests/dist/test_convert.py::test_a_conversion_is_measured",
+    "pivot bench loader": "tests/unit/test_bench_loader.py::test_every_way_is_measured",
+    "pivot bench runs": "tests/unit/test_bench_runs.py::test_medians_of_what_comes_after_the_warm_up",
+}
+"""What the pages name in their text alone."""
+
 NOT_RUN = {
     "make test": "is what runs this",
     "source .venv/bin/activate": "an environment's own script",
@@ -218,9 +236,6 @@ NOT_RUN = {
         "--ntasks-per-node=8 launch/pivot_dpo.sh configs/run/2_dpo.yaml": "containers on a cluster"
         for env, image, mounts in (("apptainer", "sif", "/data"), ("pyxis", "sqsh", "/data:/data"))
     },
-    "pip install --no-deps -e .": "would change the environment that runs this",
-    "pip install -c constraints.txt transformers tokenizers safetensors pillow pydantic pyyaml webdataset pyarrow psutil tqdm "
-    "scipy scikit-learn matplotlib jinja2": "would change the environment that runs this",
     "pip install pivot-megatron[nemo]": "would change the environment that runs this",
     ".venv/bin/pytest -m not slow tests/parity/test_families.py tests/parity/test_export.py tests/parity/test_shapes.py -k clip or CLIP": (
         "a part of `make test`"

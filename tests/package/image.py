@@ -1,4 +1,4 @@
-"""A Python that stands in for an image's: one with a torch of its own, which no index has."""
+"""Pythons that stand in for an image's: one with pip alone, and one with a torch of its own, which no index has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ _WITH_TORCH = re.compile(r"(torch|triton|nvidia|cuda)")
 
 
 def make_image(prefix: Path) -> Path:
-    """The interpreter of a Python below `prefix` that shares this one's standard library, and has pip and torch alone."""
+    """The interpreter of `make_python`, with torch too."""
+    python = make_python(prefix)
+    packages = _packages(python)
+    for distribution in metadata.distributions():
+        if _WITH_TORCH.match(distribution.metadata["Name"]):
+            _link(distribution, packages)
+    _rename_torch(packages)
+    _bare(packages, "tensorrt", "9.9")
+    return python
+
+
+def make_python(prefix: Path) -> Path:
+    """The interpreter of a Python below `prefix` that shares this one's standard library, and has pip alone."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     base = Path(sys.base_prefix)
     python = prefix / "bin" / "python3"
@@ -30,17 +42,16 @@ def make_image(prefix: Path) -> Path:
     for item in (base / "lib" / version).iterdir():
         if item.name not in ("site-packages", "dist-packages", "EXTERNALLY-MANAGED"):
             (library / item.name).symlink_to(item)
-    asked = [python, "-c", "import site; print(site.getsitepackages()[0])"]
-    packages = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
+    packages = _packages(python)
     assert packages.is_relative_to(prefix), packages
     packages.mkdir(parents=True, exist_ok=True)
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name == "pip" or _WITH_TORCH.match(name):
-            _link(distribution, packages)
-    _rename_torch(packages)
-    _bare(packages, "tensorrt", "9.9")
+    _link(metadata.distribution("pip"), packages)
     return python
+
+
+def _packages(python: Path) -> Path:
+    asked = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    return Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
 
 
 def _link(distribution: metadata.Distribution, packages: Path) -> None:

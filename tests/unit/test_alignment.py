@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def test_layers_of_texts_are_means_over_their_tokens(models: tuple[list[Path], P
     assert torch.equal(text_features(models[1], texts, cache=tmp_path), found)
     with pytest.raises(UserError, match="expected a Hugging Face language model"):
         text_features(tmp_path, texts)
+    bare = shutil.copytree(models[1], tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    with pytest.raises(UserError, match="bare: expected a tokenizer, found"):
+        text_features(bare, texts)
 
 
 def test_layers_of_images_end_with_the_features(models: tuple[list[Path], Path], tmp_path: Path) -> None:

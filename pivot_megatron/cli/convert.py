@@ -37,6 +37,11 @@ def add(verb: Verb, verbs: Groups) -> None:
         help="leave out what stands past the feature layer, or put it back from --original (default: drop)",
     )
     p.add_argument("--original", type=Path, help="the encoder folder that the run started from")
+    p.add_argument(
+        "--dtype",
+        choices=("bf16",),
+        help="round to it (default: none; of what was trained in bf16 the float32 numbers behind it are written)",
+    )
     p = verb("verify", _verify, "a checkpoint against Hugging Face folders: every tensor, and a forward pass", group)
     p.add_argument("checkpoint", type=Path, metavar="CKPT")
     p.add_argument("--encoder", type=Path, help="the encoder's folder; left out, it is not compared")
@@ -60,9 +65,12 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    import torch
+
     from pivot_megatron.convert.commands import export_checkpoint
 
-    lacks = export_checkpoint(args.checkpoint, args.part, args.out, args.last_layer, args.original)
+    dtype = None if args.dtype is None else torch.bfloat16
+    lacks = export_checkpoint(args.checkpoint, args.part, args.out, args.last_layer, args.original, dtype)
     if lacks:
         print(
             f"convert: {args.out} has no {', '.join(lacks)}: the library draws them at random; features do not pass through them",

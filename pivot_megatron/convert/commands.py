@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
@@ -117,9 +118,13 @@ def export_checkpoint(
     out: Path,
     last_layer: Literal["drop", "original"],
     original: Path | None,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """A checkpoint's (or a run's newest) encoder or whole model as a Hugging Face folder, whole or absent. Returns the names of
-    tensors that the library's class has and neither checkpoint nor `original` holds, such as a pooler past the features."""
+    tensors that the library's class has and neither checkpoint nor `original` holds, such as a pooler past the features.
+
+    `dtype`: to round to; left out, nothing is rounded, so that what trained in bf16 is written as the float32 numbers behind it.
+    """
     checkpoint = resolve_checkpoint(path)
     description = describe(checkpoint)
     if out.exists() and any(out.iterdir()):
@@ -129,9 +134,13 @@ def export_checkpoint(
         require_assembled(arch)
     if (last_layer == "drop" and original) or (part == "mllm" and last_layer != "drop"):
         raise UserError("--original: is read where --part is encoder and --last-layer original; leave it out")
+    if original is not None and dtype is not None:
+        raise UserError(
+            "--dtype: what did not train keeps the original's own with --original; leave one of the two out"
+        )
     if original is not None:
         _require_same(arch, original)
-    trained, lacks = Trained(arch, CheckpointParameters(checkpoint / "tensors")), list[str]()
+    trained, lacks = Trained(arch, CheckpointParameters(checkpoint / "tensors"), dtype), list[str]()
     facts = {
         "checkpoint": str(checkpoint),
         "id": facts_of(checkpoint)["id"],

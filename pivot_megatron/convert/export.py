@@ -27,19 +27,22 @@ Export = tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]
 @dataclass(frozen=True)
 class Trained:
     """A checkpoint's parameters as Hugging Face parts, one row of a component's table at a time, each in the dtype that the
-    checkpoint holds it in: what is written of them is never rounded."""
+    checkpoint holds it in: what is written of them is never rounded, unless to a `dtype` that is asked for."""
 
     arch: Architecture
     parameters: CheckpointParameters
+    dtype: torch.dtype | None = None
 
     def parts(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Chunks of one tensor apart."""
         for row in component_rows(self.arch, component):
-            parameter = self.parameters.read(f"{component}.{row.megatron}")
+            parameter = self.parameters.read(f"{component}.{row.megatron}").to(dtype=self.dtype)
             yield from zip(row.hf, join(row.transform, [parameter]), strict=True)
 
     def widest_dtype(self, component: str) -> torch.dtype:
         """In which every part keeps all its bits."""
+        if self.dtype is not None:
+            return self.dtype
         rows = component_rows(self.arch, component)
         return reduce(torch.promote_types, (self.parameters.dtype(f"{component}.{row.megatron}") for row in rows))
 

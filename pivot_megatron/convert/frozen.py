@@ -16,7 +16,7 @@ from pivot_megatron.convert.start import fresh_parameters
 from pivot_megatron.convert.store import describe
 from pivot_megatron.convert.stream import CheckpointParameters
 from pivot_megatron.errors import RuleError
-from pivot_megatron.families.table import Row
+from pivot_megatron.families.table import Row, checkpoint_place
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.model.freeze import rate_of
 
@@ -25,6 +25,14 @@ def frozen_names(arch: Architecture, rules: Sequence[ParameterRule]) -> list[str
     """Canonical names of the parameters that `rules` freeze."""
     names = (f"{component}.{row.megatron}" for component in COMPONENTS for row in component_rows(arch, component))
     return [name for name in names if rate_of(name, rules) == "frozen"]
+
+
+def freeze_layers(arch: Architecture, rules: Sequence[ParameterRule]) -> bool:
+    """Whether `rules` freeze some layers of a stack and not others, so that the optimizer has a part alone of what checkpoints
+    hold in one tensor."""
+    frozen = set(frozen_names(arch, rules))
+    names = {f"{component}.{row.megatron}" for component in COMPONENTS for row in component_rows(arch, component)}
+    return bool({checkpoint_place(n)[0] for n in frozen} & {checkpoint_place(n)[0] for n in names - frozen})
 
 
 def changed_parameters(checkpoint: Path, start: Model, seed: int, names: Collection[str]) -> list[str]:

@@ -30,6 +30,7 @@ from pivot_megatron.families.registry import ENCODERS, HEADS, encoder_architectu
 from pivot_megatron.families.table import Row, canonical, spellings
 from pivot_megatron.model.composition import Architecture, Stage, VisionLanguageModel
 from pivot_megatron.runtime.distributed import tensor_parallel_coordinates
+from pivot_megatron.runtime.masters import set_weight
 
 
 def parameters_by_global_name(stage: Iterable[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -189,7 +190,6 @@ def may_be_left(arch: Architecture, component: str, name: str) -> bool:
     return name.startswith((*family.ELSEWHERE, *family.PAST_FEATURES))
 
 
-@torch.no_grad()
 def load_component(model: Stage, component: str, source: Source) -> None:
     """Set this stage's parameters of `component` from `source`. Raises UserError on a missing tensor or a wrong shape."""
     rank, size = tensor_parallel_coordinates()
@@ -197,7 +197,7 @@ def load_component(model: Stage, component: str, source: Source) -> None:
     for name, parameter in parameters_by_global_name(model):
         if name.startswith(component + "."):
             check_shapes(rows[name], source, shapes)
-            parameter.copy_(shard_of(rows[name], source, rank, size))
+            set_weight(parameter, shard_of(rows[name], source, rank, size))
 
 
 def check_shapes(row: Row, source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -106,8 +106,11 @@ class Saving:
         _seal(self.out, self._part, self._sums)
 
 
-def begin_saving(state: dict[str, Any], out: Path, description: Description, note: Note = lambda part: None) -> Saving:
-    """Plan what each rank writes, and fetch it to the host. Collective over all ranks."""
+def begin_saving(
+    state: dict[str, Any], out: Path, description: Description, note: Note = lambda part: None, gaps: bool = False
+) -> Saving:
+    """Plan what each rank writes, and fetch it to the host. Collective over all ranks. `gaps`: of some tensor `state` has a part
+    alone, for which megatron-core would refuse it."""
     # Nothing here is written by another process, so the results need no queue that reaches one: megatron-core would start a
     # process for that, which takes seconds and lives on for ever where a run is killed.
     filesystem_async._results_queue = queue.Queue()
@@ -115,7 +118,12 @@ def begin_saving(state: dict[str, Any], out: Path, description: Description, not
     part = _begin(out, description, note)
     with _nothing_left(out, part):
         request = dist_checkpointing.save(
-            state, str(part / "tensors"), content_metadata=content_metadata(), async_sharded_save=True, **options
+            state,
+            str(part / "tensors"),
+            content_metadata=content_metadata(),
+            async_sharded_save=True,
+            validate_access_integrity=not gaps,
+            **options,
         )
         return Saving(out, part, request, request.preload_fn() if request.preload_fn else [])
 

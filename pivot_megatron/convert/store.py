@@ -18,20 +18,25 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from pydantic import TypeAdapter
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pivot_megatron.checkpoints.folder import FORMAT, facts_of, opened
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, copy_file, read_json
-from pivot_megatron.convert.stored import require_common_sound, require_sound
+from pivot_megatron.convert.stored import has_layer, require_common_sound, require_sound, stored_tensors
 from pivot_megatron.data.build import image_views
 from pivot_megatron.data.views import ImageViews
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.families.table import MASTERS
 from pivot_megatron.model.composition import Architecture, Stage
 from pivot_megatron.runtime.fp8 import own_statistics
+from pivot_megatron.runtime.masters import holds_in_full, set_weight
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,17 @@ def content_metadata() -> dict[str, Any]:
     return metadata
 
 
-def load_state(state: dict[str, Any], checkpoint: Path, prefix: str = "") -> dict[str, Any]:
+def load_state(state: dict[str, Any], checkpoint: Path, *prefixes: str, gaps: bool = False) -> dict[str, Any]:
     """`state`'s tensors from `checkpoint`, whatever layout it was saved at, with its common entries. Collective over all ranks.
 
-    Raises UserError where what is read is not what was written. `prefix`: what the names of all that `state` asks for begin with.
+    Raises UserError where what is read is not what was written. `prefixes`: what the keys of all that `state` asks for begin
+    with; any, if left out. `gaps`: of some tensor `state` asks for a part alone.
     """
-    require_sound(checkpoint, prefix)
+    require_sound(checkpoint, *prefixes)
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint / "tensors"))
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(checkpoint / "tensors"), validate_access_integrity=not gaps
+        )
     except (CheckpointException, CheckpointingException, OSError, EOFError) as error:
         told = _first_line(beginning(error))
         raise UserError(f"{checkpoint}: not a whole checkpoint ({told}); was the copy cut off?") from None
@@ -190,19 +198,39 @@ def set_weights(chunk: torch.nn.Module, weights: Mapping[str, Any]) -> None:
 def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collection[str] = ()) -> None:
     """Set `component` of this stage from a checkpoint, at any layout, but for parameters to `leave` as they are.
 
-    FP8's running statistics begin anew.
+    Where a parameter here holds float32 numbers, or has a master that does, they come from the master that the checkpoint has of
+    it, if any: not from the 16-bit weight. FP8's running statistics begin anew.
     """
-    wanted = {
-        chunk: {
-            name: value for name, value in weights.items() if name.startswith(component + ".") and name not in leave
-        }
-        for chunk, weights in sharded_weights(model).items()
-    }
+    stored = stored_tensors(checkpoint)
+    parameters: dict[str, dict[str, Tensor]] = {}
+    asked: dict[str, dict[str, Any]] = {}
+    for chunk, weights in sharded_weights(model).items():
+        wanted = {n: value for n, value in weights.items() if n.startswith(component + ".") and n not in leave}
+        parameters[chunk] = {name: value.data for name, value in wanted.items()}
+        asked[chunk] = {n: _in_full(v, stored) if holds_in_full(v.data) else v for n, v in wanted.items()}
     # megatron-core's load is collective: a stage without the component joins with nothing of its own.
-    loaded = load_state({"model": wanted}, checkpoint, component + ".").get("model", {})
-    for chunk, (name, asked) in zip(model, wanted.items(), strict=True):
-        missing = [n for n in chunk.load_state_dict(loaded.get(name, {}), strict=False).missing_keys if n in asked]
-        if missing:
+    prefixes = (component + ".", f"{MASTERS}{component}.")
+    # Of a stack some layers may have masters and some not.
+    loaded = load_state({"model": asked}, checkpoint, *prefixes, gaps=True).get("model", {})
+    for chunk, own in parameters.items():
+        found = loaded.get(chunk, {})
+        if missing := [name for name in own if name not in found]:
             raise UserError(
                 f"{checkpoint}: expected {component} tensors, found no {missing[0]} ({len(missing)} missing)"
             )
+        for name, parameter in own.items():
+            set_weight(parameter, found[name])
+
+
+def _in_full(weight: ShardedTensor | ShardedTensorFactory, stored: Mapping[str, Any]) -> Any:
+    """`weight` as float32 numbers of its own, on the CPU: of its master where that is among what is `stored`, else of itself."""
+    layer = None
+    if isinstance(weight, ShardedTensor) and weight.prepend_axis_num:
+        layer = weight.global_offset[0]
+    elif isinstance(weight, ShardedTensorFactory):
+        layer = next(part.global_offset[0] for part in nested_values(weight.build()) if part.prepend_axis_num)
+    key = MASTERS + weight.key if has_layer(stored.get(MASTERS + weight.key), layer) else weight.key
+    data = torch.empty_like(weight.data, dtype=torch.float32, device="cpu")
+    if isinstance(weight, ShardedTensor):
+        return dataclasses.replace(weight, key=key, data=data, dtype=torch.float32)
+    return dataclasses.replace(weight, key=key, data=data)

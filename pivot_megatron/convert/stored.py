@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -17,14 +18,25 @@ _COMMON = "common_state/"
 """Where megatron-core 0.19 keeps what is no tensor, among them; 0.16 has a small file of it."""
 
 
-def require_sound(checkpoint: Path, prefix: str = "") -> None:
-    """Every file has its size, and what is stored under names that begin with `prefix` its checksums.
+def stored_tensors(checkpoint: Path) -> Mapping[str, Any]:
+    """Of each key what torch's index says of it: shape, dtype, and the chunks that it was saved in."""
+    found: Mapping[str, Any] = FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    return found
+
+
+def has_layer(stored: Any, layer: int | None) -> bool:
+    """Whether what the index says of a key tells of chunks of that layer, an entry of its first axis, or with None of any."""
+    return stored is not None and (layer is None or any(chunk.offsets[0] == layer for chunk in stored.chunks))
+
+
+def require_sound(checkpoint: Path, *prefixes: str) -> None:
+    """Every file has its size, and what is stored under names that begin with one of `prefixes`, or all of it, its checksums.
 
     The ranks share the reading, and all raise the same UserError. Collective over all ranks.
     """
     manifest = opened(checkpoint)
-    if prefix:
-        blocks = _blocks_of(checkpoint, lambda name: name.startswith((prefix, _COMMON)))
+    if prefixes:
+        blocks = _blocks_of(checkpoint, lambda name: name.startswith((*prefixes, _COMMON)))
     else:
         blocks = manifest.blocks(manifest.files)
     problem = None

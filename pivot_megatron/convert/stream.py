@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pivot_megatron.checkpoints.folder import opened
 from pivot_megatron.checkpoints.manifest import CheckedAhead, FileSum, Sum, blocks_of_range
+from pivot_megatron.convert.stored import has_layer
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.table import checkpoint_place
+from pivot_megatron.families.table import MASTERS, checkpoint_place
 
 Make = Callable[[], Tensor]
 
@@ -139,10 +140,13 @@ def _write_item(tensor: ShardedTensor) -> WriteItem:
 class CheckpointParameters:
     """Whole parameters of a checkpoint's `tensors` folder by canonical name, whatever layout saved it.
 
+    `masters`: where a 16-bit weight was trained, the float32 numbers that it is a rounding of stand for it.
+
     The checksums of what is read are checked just before: a whole file's, which may be larger than memory, would be read twice.
     """
 
     folder: Path
+    masters: bool = True
 
     @cached_property
     def _checked(self) -> CheckedAhead:
@@ -165,15 +169,22 @@ class CheckpointParameters:
             raise UserError(f"{self.folder}: expected a tensor {key}, found none")
         return found
 
+    def _place(self, name: str) -> tuple[str, Any, int | None]:
+        """The key that gives parameter `name`, what is stored under it, and which layer of that."""
+        key, layer = checkpoint_place(name)
+        stored, master = self._stored(key), self._metadata.state_dict_metadata.get(MASTERS + key)
+        if self.masters and stored.properties.dtype != torch.float32 and has_layer(master, layer):
+            return MASTERS + key, master, layer
+        return key, stored, layer
+
     def dtype(self, name: str) -> torch.dtype:
         """That it was saved in. Raises UserError if it is not there."""
-        dtype: torch.dtype = self._stored(checkpoint_place(name)[0]).properties.dtype
+        dtype: torch.dtype = self._place(name)[1].properties.dtype
         return dtype
 
     def read(self, name: str) -> Tensor:
         """In the dtype it was saved in. Raises UserError if it is not there."""
-        key, layer = checkpoint_place(name)
-        stored = self._stored(key)
+        key, stored, layer = self._place(name)
         whole = tuple(stored.size)
         offsets, sizes = [0] * len(whole), list(whole)
         if layer is not None:

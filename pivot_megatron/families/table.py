@@ -186,6 +186,9 @@ def spellings(name: str, prefix: str, aliases: Sequence[tuple[str, str]]) -> lis
     return [s for n in dict.fromkeys((name, other)) for s in (n, n.removeprefix(prefix), prefix + n)]
 
 
+MASTERS = "optimizer.state.param."
+"""What a checkpoint puts before a weight's key to name the float32 numbers behind it, which megatron-core's optimizer saves."""
+
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)\.(.*)")
 
 

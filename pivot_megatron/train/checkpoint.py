@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from pivot_megatron.checkpoints.folder import Saved, clear_leftovers, saved_of, step_folder, steps_in
 from pivot_megatron.checkpoints.policy import prune
 from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.convert.frozen import freeze_layers
 from pivot_megatron.convert.saving import Saving, begin_saving
 from pivot_megatron.convert.store import (
     Description,
@@ -116,6 +117,7 @@ class Checkpointer:
         self._means_since = folder.means_since
         self._layout = {"tensor": layout.tensor, "pipeline": layout.pipeline, "world": dist.get_world_size()}
         self._description = description
+        self._gaps = freeze_layers(description.architecture(), config.parameters)
         self._before = 0  # the step of the checkpoint before
         self._pace = Pace(config.checkpoints.most_blocked, time.monotonic())
         self._saving: Saving | None = None
@@ -182,7 +184,9 @@ class Checkpointer:
         due, self._due = self._due or progress.step, None
         self._pace.begun(time.monotonic())
         out = step_folder(self.folder, progress.step)
-        saving = begin_saving(state, out, self._description, lambda part: self._saved(progress.step, due).write(part))
+        saving = begin_saving(
+            state, out, self._description, lambda part: self._saved(progress.step, due).write(part), self._gaps
+        )
         self._before = progress.step
         if background:
             self._saving = saving
@@ -223,7 +227,7 @@ class Checkpointer:
         state = self._state(wrapped, optimization, is_loading=True)
         if same_layout:
             state["random"] = self._random_shard(None)
-        loaded = load_state(state, checkpoint)
+        loaded = load_state(state, checkpoint, gaps=self._gaps)
         for chunk, weights in zip(wrapped, loaded["model"].values(), strict=True):
             set_weights(chunk.module, weights)
         optimization.optimizer.load_state_dict(loaded["optimizer"])

@@ -20,6 +20,7 @@ from pivot_megatron.convert.plan import rows_by_parameter
 from pivot_megatron.model.composition import Stage, VisionLanguageModel
 from pivot_megatron.model.freeze import rate_of, require_matches
 from pivot_megatron.runtime.layers import fuse_gradient_accumulation
+from pivot_megatron.runtime.masters import note_masters
 
 
 def apply_rules(model: Stage, rules: Sequence[ParameterRule]) -> None:
@@ -152,6 +153,7 @@ def build_optimization(wrapped: Sequence[DistributedDataParallel], config: RunCo
     optimizer = get_megatron_optimizer(
         settings, list(wrapped), config_overrides=_overrides(settings, config.parameters)
     )
+    note_masters(optimizer)
     for chunk in wrapped:
         chunk.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(

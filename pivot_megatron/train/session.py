@@ -133,15 +133,15 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     watch.at("preparing", files=True)
     checkpointer = Checkpointer(config, folder, description)
     model = build_model(arch, config.layout, config.precision, config.recompute)
-    if newest is None:
-        start_weights(model, model_start, config.seed)
     online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
     reference = frozen_model(config, arch, model_start) if online else None
     apply_rules(model, config.parameters)
     model.train()
     wrapped = wrap(model, config.layout)
     optimization = build_optimization(wrapped, config, steps)
-    if newest is not None:
+    if newest is None:
+        start_weights(model, model_start, config.seed)  # the optimizer is there, whose masters take what weights round
+    else:
         checkpointer.load(newest, wrapped, optimization)
     if is_main_process():
         folder.rewind(done)

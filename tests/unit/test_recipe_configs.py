@@ -73,7 +73,7 @@ def starts(encoder: str, llm: str, projector: str | None) -> dict[str, str | Non
 
 STAGES: Mapping[str, Mapping[str, Any]] = {
     "1a_align": stage("llava-558k", "plain", 1, SFT, **starts(ENCODER, HEAD, None)),
-    "1b_pretrain": stage("llava-onevision-single-image", "qwen_1_5", 1, SFT, **starts(*["1a_align"] * 3)),
+    "1b_pretrain": stage("llava-onevision-single-image", "qwen_1_5", 1, SFT, **starts(ENCODER, "1a_align", "1a_align")),
     "2_dpo": stage("mmpr-20k", "qwen_1_5", 3, DPO, **starts(*["1b_pretrain"] * 3)),
     "2_sft": stage("mmpr-20k", "qwen_1_5", 3, SFT, **starts(*["1b_pretrain"] * 3)),
     "2_mpo": stage(

@@ -36,6 +36,8 @@ from pivot_megatron.runtime.device import (
 )
 
 Say = Callable[[str], None]
+_BETWEEN_LOOKS = 12
+"""Samples after which the rate of a large product is taken again."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,13 @@ def _rank(rank: int, world: int, folder: str, precision: Precision) -> None:
     _load_what_a_run_loads()
     whole, process = device_memory()
     copied = calibrate_rank.reduction_copy() if world > 1 else 0.0
-    samples = list(calibrate_rank.measure(precision))
-    dist.barrier()
-    peak = device_rate(calibrate_rank.DTYPES[precision.compute])
+    samples, looks = [], list[float]()
+    for sample in calibrate_rank.measure(precision):
+        samples.append(sample)
+        if len(samples) % _BETWEEN_LOOKS == 1:  # a shared machine's best, as kernels' times are their least
+            dist.barrier()
+            looks.append(device_rate(calibrate_rank.DTYPES[precision.compute]))
+    peak = max(looks)
     if rank == 0:
         memory = usable_share() * whole if current_platform().is_cuda else whole / world
         found = {

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from pivot_megatron.bench.gemm import device_rate
 from pivot_megatron.bench.step_regions import REST, timed_parts
 from pivot_megatron.config.load import load_config
 from pivot_megatron.data.loader import Loader, StepData
 from pivot_megatron.requeue import StopRequests
-from pivot_megatron.runtime.device import current_platform, wait_for
+from pivot_megatron.runtime.device import current_platform, device_count, wait_for
 from pivot_megatron.runtime.distributed import pipeline_stage
 from pivot_megatron.runtime.memory import peak_memory
 from pivot_megatron.runtime.regions import Regions
@@ -54,12 +57,18 @@ class Job:
 
 @dataclass(frozen=True)
 class RankFound:
-    """Of one process: `peak_bytes` up to the end of its timed steps, and seconds of the divided steps by region."""
+    """Of one process: `peak_bytes` up to the end of its timed steps, and seconds of the divided steps by region.
+
+    Before each timed step and after the last all processes stand and multiply matrices at once: `rates`, FLOP/s of this one's
+    device, and `looked`, the seconds that took, which the wait for the next step's data has in it.
+    """
 
     rank: int
     stage: int
     peak_bytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    looked: Sequence[float] = ()
 
 
 def make_job(job: Job) -> None:
@@ -71,7 +80,7 @@ def make_job(job: Job) -> None:
         probe = _Probe(session, job)
         session.loader = _Observed(**vars(session.loader), probe=probe)
         make_steps(session, lambda *_: None, requests)
-        found = RankFound(dist.get_rank(), pipeline_stage(), probe.peak, probe.seconds)
+        found = RankFound(dist.get_rank(), pipeline_stage(), probe.peak, probe.seconds, probe.rates, probe.looked)
         folder = ranks_folder(config.out)
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{found.rank:05d}.json", json.dumps(asdict(found)))
@@ -94,11 +103,17 @@ class _Probe:
     job: Job
     peak: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    looked: list[float] = field(default_factory=list)
 
     def steps(self, source: Iterator[StepData]) -> Iterator[StepData]:
-        for _ in range(self.job.warm_up + self.job.timed):
+        for _ in range(self.job.warm_up):
+            yield next(source)
+        for _ in range(self.job.timed):
+            self._look()
             yield next(source)
         self.peak = peak_memory()
+        self._look()
         regions = Regions(REST, settle=partial(wait_for, current_platform().device))
         with timed_parts(self.session, regions):
             for _ in range(self.job.divided):
@@ -106,6 +121,15 @@ class _Probe:
                     data = next(source)
                 yield data
             self.seconds = regions.stop()
+
+    def _look(self) -> None:
+        """At what the machine multiplies matrices now."""
+        began = time.perf_counter()
+        wait_for(current_platform().device)
+        dist.barrier()
+        self.rates.append(device_rate(torch.bfloat16 if device_count() else torch.float32))
+        dist.barrier()
+        self.looked.append(time.perf_counter() - began)
 
 
 @dataclass(frozen=True, kw_only=True)

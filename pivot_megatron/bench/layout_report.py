@@ -35,6 +35,7 @@ def as_tree(found: LayoutBench, layouts: Sequence[LayoutSummary]) -> dict[str, A
         {
             **asdict(one),
             "step_off": one.step_off,
+            "step_off_at_pace": one.step_off_at_pace,
             "peak_off": one.peak_off,
             "runs": [asdict(run) for run in found.runs[one.name]],
         }
@@ -47,6 +48,7 @@ def as_tree(found: LayoutBench, layouts: Sequence[LayoutSummary]) -> dict[str, A
         "processes": found.processes,
         "amount": asdict(found.amount),
         "gemm_peak": found.gemm_peak,
+        "calibrated": found.calibrated,
         "reference_seconds": found.reference_seconds,
         "layouts": told,
         "failed": dict(found.failed),
@@ -82,7 +84,7 @@ def tables(found: LayoutBench, layouts: Sequence[LayoutSummary]) -> list[TableOf
 
 
 def _speeds(layouts: Sequence[LayoutSummary]) -> TableOf:
-    heads = ["layout", "pairs/s", "tokens/s", "s/step", "TFLOP/s", "MFU", "peak GiB by stage", "rounds"]
+    heads = ["layout", "pairs/s", "tokens/s", "s/step", "TFLOP/s", "MFU", "peak GiB by stage", "steps"]
     rows = [
         [
             one.name,
@@ -92,13 +94,13 @@ def _speeds(layouts: Sequence[LayoutSummary]) -> TableOf:
             f"{one.flops_a_second.median / TERA:.3g}",
             f"{one.mfu.median:.1%}",
             " ".join(f"{peak / GIB:.2f}" for peak in one.peak_bytes),
-            f"{one.rounds[0]} of {one.rounds[1]}" + ("" if one.quiet else ", busy"),
+            f"{one.steps[0]} of {one.steps[1]}" + ("" if one.quiet else ", busy"),
         ]
         for one in layouts
     ]
     note = (
-        f"medians, and of pairs/s [lowest, highest], over rounds with matrix products at {QUIET:.0%} or more of their best "
-        "rate before and after"
+        f"medians, and of pairs/s [lowest, highest], over rounds, of the steps with matrix products at {QUIET:.0%} or more of "
+        "their best rate before and after"
     )
     if not all(one.quiet for one in layouts):
         note += "; where the machine never was so (busy), over all: measure again"
@@ -119,13 +121,16 @@ def _shares(layouts: Sequence[LayoutSummary]) -> TableOf:
 
 
 def _predictions(layouts: Sequence[LayoutSummary]) -> TableOf:
-    heads = ["layout", "s/step", "predicted", "off by", "peak GiB", "predicted", "off by"]
+    heads = ["layout", "s/step", "predicted", "off by", "pace", "at that", "off by", "peak GiB", "predicted", "off by"]
     rows = [
         [
             one.name,
             f"{one.step_seconds.median:.3g}",
             f"{one.predicted.step_seconds:.3g}",
             f"{one.step_off:+.0%}",
+            f"{one.pace:.2f}",
+            f"{one.predicted.step_seconds / one.pace:.3g}",
+            f"{one.step_off_at_pace:+.0%}",
             f"{max(one.peak_bytes) / GIB:.2f}",
             f"{max(one.predicted.peak_bytes) / GIB:.2f}",
             f"{one.peak_off:+.0%}",
@@ -133,7 +138,13 @@ def _predictions(layouts: Sequence[LayoutSummary]) -> TableOf:
         for one in layouts
         if one.predicted
     ]
-    return TableOf("The plan's prediction", [heads, *rows], "off by: the plan's over what was measured")
+    return TableOf("The plan's prediction", [heads, *rows], _PREDICTIONS)
+
+
+_PREDICTIONS = (
+    "off by: the plan's over what was measured; pace: what the machine multiplied matrices at beside these steps over what it "
+    "did as it was calibrated, and the plan's step at that"
+)
 
 
 def _left_out(found: LayoutBench) -> TableOf:

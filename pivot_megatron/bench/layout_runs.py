@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pivot_megatron.bench.layout_cases import Case
 from pivot_megatron.bench.layout_job import Job, RankFound, read_ranks
@@ -20,22 +21,28 @@ from pivot_megatron.train.run_folder import read_metrics
 
 @dataclass(frozen=True)
 class Step:
-    """`seconds` with those waited for data. `flops`: by count, see `model/flops.py`."""
+    """`seconds` with those waited for data. `flops`: by count, see `model/flops.py`. `rate`: FLOP/s, the lower of what all
+    devices together multiplied matrices at before and after."""
 
     seconds: float
     data_seconds: float
     pairs: int
     tokens: int
     flops: float
+    rate: float
 
 
 @dataclass(frozen=True)
 class LayoutRun:
-    """`rate`: FLOP/s, the lower of what the machine multiplied matrices at before and after. `steps`: those that were timed."""
+    """`steps`: those that were timed."""
 
-    rate: float
     steps: tuple[Step, ...]
     ranks: tuple[RankFound, ...]
+
+    @property
+    def fastest(self) -> float:
+        """FLOP/s, the most that all devices together multiplied matrices at between steps."""
+        return max(_rates(self.ranks))
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,8 @@ class Amount:
     repeat: bool
 
 
-def run_layout(
-    case: Case, amount: Amount, processes: int, folder: Path
-) -> tuple[tuple[Step, ...], tuple[RankFound, ...]]:
-    """The timed steps, and what each process found. Raises RunError, with the last line that the run said, where it fails."""
+def run_layout(case: Case, amount: Amount, processes: int, folder: Path) -> LayoutRun:
+    """Raises RunError, with the last line that the run said, where it fails."""
     folder.mkdir(parents=True)
     job = Job(str(folder / "run.yaml"), amount.warm_up, amount.timed, amount.divided, amount.repeat)
     config = _for_job(case.config, job, folder / "run")
@@ -61,8 +66,30 @@ def run_layout(
     command = ["bench", "layout-run", str(folder / "job.json"), "--processes", str(processes)]
     _pivot(command, folder / "log.txt")
     lines = read_metrics(config.out)[job.warm_up : job.warm_up + job.timed]
-    steps = [Step(*(line[k] for k in ("step_seconds", "data_seconds", "pairs", "tokens", "flops"))) for line in lines]
-    return tuple(steps), tuple(read_ranks(config.out))
+    ranks = read_ranks(config.out)
+    return LayoutRun(steps_of(lines, ranks), tuple(ranks))
+
+
+def steps_of(lines: Sequence[Mapping[str, Any]], ranks: Sequence[RankFound]) -> tuple[Step, ...]:
+    """Of a run's metrics, without the looks at the machine between them, which the first rank, whose metrics they are, waited
+    for."""
+    rates = _rates(ranks)
+    return tuple(
+        Step(
+            line["step_seconds"] - looked,
+            max(0.0, line["data_seconds"] - looked),
+            line["pairs"],
+            line["tokens"],
+            line["flops"],
+            min(rates[n : n + 2]),
+        )
+        for n, (line, looked) in enumerate(zip(lines, ranks[0].looked, strict=False))
+    )
+
+
+def _rates(ranks: Sequence[RankFound]) -> list[float]:
+    """Of all devices together, each time that they were looked at."""
+    return [sum(at_once) for at_once in zip(*(rank.rates for rank in ranks), strict=True)]
 
 
 def make_reference(config: RunConfig, processes: int, folder: Path) -> float:

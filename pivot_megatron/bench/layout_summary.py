@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from pivot_megatron.bench.layout_cases import Case
 from pivot_megatron.bench.layout_job import RankFound
@@ -16,11 +17,13 @@ from pivot_megatron.plan.prediction import Prediction
 
 @dataclass(frozen=True)
 class LayoutSummary:
-    """Speeds are of all processes together, over rounds that were made while the machine was `quiet`, or over all where none
-    was; `rounds`: how many those are, of how many. `mfu`: `flops_a_second` over the machine's own best at matrix products.
+    """Speeds are of all processes together, a value a round, over steps that were made while the machine was `quiet`, or over
+    all where none was; `steps`: how many those are, of how many. `mfu`: `flops_a_second` over the machine's own best at matrix
+    products.
 
     `peak_bytes`: by pipeline stage, of its rank with most, over all rounds. `shares` of a step's time by `SHARES`: of all ranks
-    together, and by stage; each adds up to 1. `predicted`: where a plan was given.
+    together, and by stage; each adds up to 1. `predicted`: where a plan was given; `pace`: what the machine multiplied matrices
+    at beside these steps over what it did as it was calibrated.
     """
 
     name: str
@@ -29,7 +32,7 @@ class LayoutSummary:
     virtual_pipeline: int
     data_parallel: int
     quiet: bool
-    rounds: tuple[int, int]
+    steps: tuple[int, int]
     step_seconds: Spread
     pairs_a_second: Spread
     tokens_a_second: Spread
@@ -39,11 +42,18 @@ class LayoutSummary:
     shares: Mapping[str, float]
     stage_shares: tuple[Mapping[str, float], ...]
     predicted: Prediction | None = None
+    pace: float = 1.0
 
     @property
     def step_off(self) -> float | None:
         """By how much the plan's step is longer than the measured one, as a share of that."""
         return None if self.predicted is None else self.predicted.step_seconds / self.step_seconds.median - 1
+
+    @property
+    def step_off_at_pace(self) -> float | None:
+        """The same of the plan's step at the machine's pace of these steps."""
+        off = self.step_off
+        return None if off is None else (off + 1) / self.pace - 1
 
     @property
     def peak_off(self) -> float | None:
@@ -54,7 +64,7 @@ class LayoutSummary:
 def summaries(found: LayoutBench) -> list[LayoutSummary]:
     """Of each layout that ran, the fastest first."""
     made = [
-        summarise(case, found.runs[case.name], found.gemm_peak, found.predicted.get(case.name))
+        summarise(case, found.runs[case.name], found.gemm_peak, found.predicted.get(case.name), found.calibrated)
         for case in found.cases
         if found.runs[case.name]
     ]
@@ -62,28 +72,37 @@ def summaries(found: LayoutBench) -> list[LayoutSummary]:
 
 
 def summarise(
-    case: Case, runs: Sequence[LayoutRun], gemm_peak: float, predicted: Prediction | None = None
+    case: Case,
+    runs: Sequence[LayoutRun],
+    gemm_peak: float,
+    predicted: Prediction | None = None,
+    calibrated: float = 0.0,
 ) -> LayoutSummary:
-    quiet = [run for run in runs if run.rate >= QUIET * gemm_peak]
-    counted = quiet or runs
+    """`calibrated`: FLOP/s that the machine multiplied matrices at when it was, where it was."""
+    quiet = [(run, [step for step in run.steps if step.rate >= QUIET * gemm_peak]) for run in runs]
+    counted = [(run, steps) for run, steps in quiet if steps] or [(run, list(run.steps)) for run in runs]
+    rates = [step.rate for _, steps in counted for step in steps]
 
     def over_rounds(value: Callable[[Step], float], a_second: bool = True) -> Spread:
         return spread(
-            [_sum(run, value) / (_sum(run, lambda s: s.seconds) if a_second else len(run.steps)) for run in counted]
+            [
+                sum(map(value, steps)) / (sum(step.seconds for step in steps) if a_second else len(steps))
+                for _, steps in counted
+            ]
         )
 
     flops = over_rounds(lambda step: step.flops)
     layout = case.layout
     stages = range(layout.pipeline)
-    ranks = [rank for run in counted for rank in run.ranks]
+    ranks = [rank for run, _ in counted for rank in run.ranks]
     return LayoutSummary(
         name=case.name,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
         data_parallel=case.data_parallel,
-        quiet=bool(quiet),
-        rounds=(len(counted), len(runs)),
+        quiet=any(steps for _, steps in quiet),
+        steps=(len(rates), sum(len(run.steps) for run in runs)),
         step_seconds=over_rounds(lambda step: step.seconds, a_second=False),
         pairs_a_second=over_rounds(lambda step: step.pairs),
         tokens_a_second=over_rounds(lambda step: step.tokens),
@@ -93,11 +112,8 @@ def summarise(
         shares=_shares(ranks),
         stage_shares=tuple(_shares(rank for rank in ranks if rank.stage == stage) for stage in stages),
         predicted=predicted,
+        pace=median(rates) / calibrated if calibrated else 1.0,
     )
-
-
-def _sum(run: LayoutRun, value: Callable[[Step], float]) -> float:
-    return sum(value(step) for step in run.steps)
 
 
 def _shares(ranks: Iterable[RankFound]) -> dict[str, float]:

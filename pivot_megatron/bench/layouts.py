@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from pivot_megatron.bench.gemm import machine_rate
 from pivot_megatron.bench.layout_cases import Case, Misfit, cases_of_files, cases_of_processes, sorted_out
 from pivot_megatron.bench.layout_runs import Amount, LayoutRun, make_reference, run_layout
 from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.shapes import shape_by_name
 from pivot_megatron.bench.world import make_world
+from pivot_megatron.config.schema import Precision
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.plan.machine import Machine, read_machine, require_rates
 from pivot_megatron.plan.prediction import Prediction
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 class LayoutBench:
     """`subject`: what was run, in words. `gemm_peak`: FLOP/s, the best of all looks at the machine. `reference_seconds`: of the
     whole reference pass, whenever it was made. `runs`: by layout's name, in the order they were made. `failed`: why, by name.
-    `predicted`: by name, where a machine was given."""
+    `predicted`: by name, where a machine was given, and `calibrated`: FLOP/s that its devices multiplied matrices at then."""
 
     subject: str
     processes: int
@@ -45,6 +45,7 @@ class LayoutBench:
     failed: Mapping[str, str]
     misfits: Sequence[Misfit]
     predicted: Mapping[str, Prediction]
+    calibrated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def bench_layouts(wanted: Wanted, say: Say) -> LayoutBench:
     amount = Amount(wanted.rounds, WARM_UP, wanted.steps, DIVIDED, wanted.repeat)
     say(f"{len(cases)} layouts fit {processes} processes, {len(others)} do not")
     predicted = _predictions(cases, amount, processes, machine) if machine else {}
+    calibrated = _calibrated(cases[0].config.precision, processes, machine) if machine else 0.0
     smallest = max(cases, key=lambda case: case.layout.model_parallel_size)  # of a rank's share of the model
     reference = make_reference(smallest.config, processes, wanted.out / "reference")
     peak, runs, failed = _runs(cases, amount, processes, wanted.out / "runs", say)
-    return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others, predicted)
+    return LayoutBench(subject, processes, amount, peak, reference, cases, runs, failed, others, predicted, calibrated)
 
 
 def _predictions(cases: Sequence[Case], amount: Amount, processes: int, machine: Machine) -> dict[str, Prediction]:
@@ -95,6 +97,12 @@ def _predictions(cases: Sequence[Case], amount: Amount, processes: int, machine:
     return found
 
 
+def _calibrated(precision: Precision, processes: int, machine: Machine) -> float:
+    """FLOP/s of the machine's devices together, in what `layout_job` looks at them with where that was measured."""
+    peak = machine.rates_of(processes).peak
+    return processes * peak.get("bf16" if device_count() else "fp32", peak[precision.compute])
+
+
 def in_turn(cases: Sequence[Case], number: int) -> Sequence[Case]:
     """Of one round: to and fro, so that no layout always runs before another."""
     return cases if number % 2 == 0 else cases[::-1]
@@ -106,24 +114,22 @@ def _runs(
     """The machine's best rate, what was measured, and what failed, which is not tried again."""
     runs: dict[str, list[LayoutRun]] = {case.name: [] for case in cases}
     failed: dict[str, str] = {}
-    rates = [machine_rate(processes)]
     for number in range(amount.rounds):
         for case in in_turn(cases, number):
             if case.name in failed:
                 continue
             told = f"round {number + 1} of {amount.rounds}: {case.name}"
             try:
-                steps, ranks = run_layout(case, amount, processes, out / f"{number}-{case.name}")
+                run = run_layout(case, amount, processes, out / f"{number}-{case.name}")
             except RunError as error:
                 failed[case.name] = str(error)
                 say(f"{told} failed: {error}")
                 continue
-            rates.append(machine_rate(processes))
-            runs[case.name].append(LayoutRun(min(rates[-2:]), steps, ranks))
-            say(f"{told}, steps of {', '.join(f'{step.seconds:.2f}' for step in steps)} s")
+            runs[case.name].append(run)
+            say(f"{told}, steps of {', '.join(f'{step.seconds:.2f}' for step in run.steps)} s")
     if not any(runs.values()):
         raise RunError("\n".join(f"bench layouts: {name}: {why}" for name, why in failed.items()))
-    return max(rates), runs, failed
+    return max(run.fastest for each in runs.values() for run in each), runs, failed
 
 
 def _checked_processes(wanted: Wanted) -> int:

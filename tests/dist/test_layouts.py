@@ -167,7 +167,8 @@ def assert_consistent(one: Mapping[str, object], gemm_peak: float, weights: int)
         assert all(step["pairs"] == 2 and step["tokens"] > 0 for step in steps)
         seconds = sum(step["seconds"] for step in steps)
         ways.append((4 / seconds, seconds / 2, sum(step["flops"] for step in steps) / seconds))
-    if layout["rounds"] == [2, 2]:
+    assert all(len(rank["rates"]) == 3 and min(rank["rates"]) > 0 for run in layout["runs"] for rank in run["ranks"])
+    if layout["steps"] == [4, 4]:
         for name, values in zip(("pairs_a_second", "step_seconds", "flops_a_second"), zip(*ways)):
             assert layout[name]["low"] == pytest.approx(min(values))
             assert layout[name]["median"] == pytest.approx(sum(values) / 2)

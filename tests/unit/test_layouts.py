@@ -14,7 +14,7 @@ from pivot_megatron.bench.layout_cases import Case, Misfit, cases_of_files, case
 from pivot_megatron.bench.layout_job import Job, RankFound
 from pivot_megatron.bench.layout_page import layouts_page, write_plot
 from pivot_megatron.bench.layout_report import as_json, as_text
-from pivot_megatron.bench.layout_runs import Amount, LayoutRun, Step, _last_words
+from pivot_megatron.bench.layout_runs import Amount, LayoutRun, Step, _last_words, steps_of
 from pivot_megatron.bench.layout_summary import summaries, summarise
 from pivot_megatron.bench.layouts import LayoutBench, in_turn
 from pivot_megatron.bench.spread import Spread
@@ -45,7 +45,7 @@ def a_run(seconds: Sequence[float], rate: float = 10.0, ranks: Sequence[RankFoun
     """Steps of 4 pairs, 100 tokens and 20 operations."""
     whole = {"head": 6.0, "communication": 2.0}
     found = tuple(ranks) or (RankFound(0, 0, 3 * GIB, whole),)
-    return LayoutRun(rate, tuple(Step(s, s / 10, pairs=4, tokens=100, flops=20.0) for s in seconds), found)
+    return LayoutRun(tuple(Step(s, s / 10, pairs=4, tokens=100, flops=20.0, rate=rate) for s in seconds), found)
 
 
 def bench(cases: Sequence[Case], runs: dict[str, list[LayoutRun]]) -> LayoutBench:
@@ -109,14 +109,38 @@ def test_rounds_come_to_medians_and_spreads(run_yaml: Path) -> None:
     assert found.flops_a_second == Spread(2.5, 10.0, 20.0)
     assert found.mfu == Spread(0.25, 1.0, 2.0)
     assert found.shares == {**dict.fromkeys(SHARES, 0.0), "head": 0.75, "communication": 0.25}
-    assert (found.quiet, found.rounds) == (True, (3, 3))
+    assert (found.quiet, found.steps) == (True, (6, 6))
 
 
-def test_a_disturbed_round_is_left_out_and_told_of(run_yaml: Path) -> None:
+def test_disturbed_steps_are_left_out_and_told_of(run_yaml: Path) -> None:
     found = summarise(case(run_yaml), [a_run([1.0]), a_run([9.0], rate=7.9)], gemm_peak=10.0)
-    assert (found.step_seconds, found.quiet, found.rounds) == (Spread(1.0, 1.0, 1.0), True, (1, 2))
+    assert (found.step_seconds, found.quiet, found.steps) == (Spread(1.0, 1.0, 1.0), True, (1, 2))
+    mixed = a_run([1.0, 9.0])
+    mixed = replace(mixed, steps=(mixed.steps[0], replace(mixed.steps[1], rate=7.9)))
+    found = summarise(case(run_yaml), [mixed, a_run([3.0])], gemm_peak=10.0)
+    assert (found.step_seconds, found.quiet, found.steps) == (Spread(1.0, 2.0, 3.0), True, (2, 3))
     found = summarise(case(run_yaml), [a_run([1.0], rate=1.0), a_run([9.0], rate=7.9)], gemm_peak=10.0)
-    assert (found.step_seconds, found.quiet, found.rounds) == (Spread(1.0, 5.0, 9.0), False, (2, 2))
+    assert (found.step_seconds, found.quiet, found.steps) == (Spread(1.0, 5.0, 9.0), False, (2, 2))
+
+
+def test_looks_at_the_machine_are_no_part_of_the_steps_between_them() -> None:
+    """Two ranks: what they multiply at together, and the lower of before and after."""
+    lines = [
+        {"step_seconds": seconds, "data_seconds": 0.5, "pairs": 4, "tokens": 100, "flops": 20.0}
+        for seconds in (2.0, 3.0)
+    ]
+    ranks = [
+        RankFound(0, 0, GIB, rates=(5.0, 3.0, 4.0), looked=(0.25, 0.75, 0.1)),
+        RankFound(1, 0, GIB, rates=(5.0, 4.0, 4.0), looked=(9.0, 9.0, 9.0)),
+    ]
+    assert steps_of(lines, ranks) == (Step(1.75, 0.25, 4, 100, 20.0, 7.0), Step(2.25, 0.0, 4, 100, 20.0, 7.0))
+    assert LayoutRun((), tuple(ranks)).fastest == 10.0
+
+
+def test_a_plans_step_at_the_pace_of_the_steps_beside_it(run_yaml: Path) -> None:
+    found = summarise(case(run_yaml), [a_run([2.0], rate=9.0)], 10.0, prediction(1.5, 3.0), calibrated=12.0)
+    assert found.pace == pytest.approx(0.75)
+    assert (found.step_off, found.step_off_at_pace) == (pytest.approx(-0.25), pytest.approx(0.0))
 
 
 def test_memory_and_shares_are_by_stage(run_yaml: Path) -> None:
@@ -151,7 +175,7 @@ def test_predictions_stand_beside_what_was_measured(found: LayoutBench) -> None:
     assert (fast.step_off, fast.peak_off) == (0.25, -0.25)
     assert (slow.predicted, slow.step_off, slow.peak_off) == (None, None, None)
     text = as_text(found, [fast, slow])
-    assert "fast    1       1.25       +25%    2.00      1.50       -25%" in text
+    assert "fast    1       1.25       +25%    1.00  1.25     +25%    2.00      1.50       -25%" in text
     assert "The plan's prediction" not in as_text(found, summaries(found))
 
 
@@ -177,6 +201,7 @@ def test_json_is_complete(found: LayoutBench) -> None:
         "pairs": 4,
         "tokens": 100,
         "flops": 20.0,
+        "rate": 10.0,
     }
     assert (tree["gemm_peak"], tree["reference_seconds"]) == (10.0, 7.5)
     assert tree["failed"] == {"tp4": "OutOfMemoryError"}

@@ -12,7 +12,7 @@ from pivot_megatron.bench.layout_cases import Case, Misfit, cases_of_files, case
 from pivot_megatron.bench.layout_runs import Amount, LayoutRun, make_reference, run_layout
 from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.shapes import shape_by_name
-from pivot_megatron.bench.world import make_world
+from pivot_megatron.bench.world import make_world, require_empty
 from pivot_megatron.config.schema import Precision
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.plan.machine import Machine, read_machine, require_rates
@@ -146,8 +146,7 @@ def _checked_processes(wanted: Wanted) -> int:
     if processes < 1 or (gpus and processes > gpus):
         most = f"1 to {gpus}, this machine's GPUs" if gpus else "1 or more"
         raise UserError(f"bench layouts: expected --processes of {most}, found {processes}")
-    if wanted.out.exists() and any(wanted.out.iterdir()):
-        raise UserError(f"{wanted.out}: already has files in it; give a new folder with --out")
+    require_empty(wanted.out)
     return processes
 
 
@@ -156,8 +155,7 @@ def _made(name: str, out: Path, say: Say) -> tuple[Path, str]:
     shape = shape_by_name(name)
     say(f"model and pairs of shape {shape.name}")
     world = make_world(out, shape)
-    tree = pivot_config(world, Setting(steps=1, pairs_a_step=shape.pairs_a_step), out / "run")
-    tree["precision"] = {"compute": "bf16" if device_count() else "fp32"}
+    setting = Setting(steps=1, pairs_a_step=shape.pairs_a_step, precision="bf16" if device_count() else "fp32")
     run = out / "run.yaml"
-    run.write_text(yaml.safe_dump(tree))
+    run.write_text(yaml.safe_dump(pivot_config(world, setting, out / "run")))
     return run, f"shape {shape.name}"

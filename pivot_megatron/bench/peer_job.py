@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,27 +21,31 @@ from pivot_megatron.data.sample import Sample
 from pivot_megatron.data.tokens import SampleTokenizer
 
 _SEQUENCE_LENGTH = 2048
-_MICRO_TOKENS = 1024  # a pair at a time where an image takes 576: more would take memory, and no less time on a CPU
 _TRL_NAMES = {"bco": "bco_pair"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """AdamW (0.9, 0.999, 1e-8) without weight decay, a constant learning rate, fp32, nothing recomputed.
+    """AdamW (0.9, 0.999, 1e-8) without weight decay, a constant learning rate, no activation recomputed.
 
-    `losses`: weight by name, as in a run's config. `clip`: gradient norm. `seed` gives the order of the pairs. `peer_batch`:
-    pairs in one of the peer's forward passes, a step's pairs where left out.
+    `micro_batch`: pairs in one forward pass; gradients add up over a step's. `losses`: weight by name, as in a run's config.
+    `clip`: gradient norm. `seed` gives the order of the pairs. `precision`: of products; weights and optimizer states are fp32.
+    `threads`: of a process on the CPU, its share of the cores where left out. `trl_attention`: transformers' name for what TRL's
+    model attends by.
     """
 
     steps: int
     pairs_a_step: int
+    micro_batch: int = 1
     learning_rate: float = 1e-6
     beta: float = 0.1
     losses: Mapping[str, float] = field(default_factory=lambda: {"sigmoid": 1.0})
     label_smoothing: float = 0.0
     clip: float = 1.0
     seed: int = 777
-    peer_batch: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int | None = None
+    trl_attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
 
 
 def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
@@ -66,9 +70,11 @@ def pivot_config(world: World, setting: Setting, out: Path) -> dict[str, Any]:
         "batch": {
             "global_size": setting.pairs_a_step,
             "steps": setting.steps,
-            "micro_tokens": _MICRO_TOKENS,
+            "micro_tokens": setting.micro_batch * _SEQUENCE_LENGTH,
+            "micro_images": setting.micro_batch,
         },
-        "precision": {"compute": "fp32"},
+        "layout": {"cpu_threads": setting.threads},
+        "precision": {"compute": setting.precision},
         "checkpoints": {"every": setting.steps, "keep": 1},
         "seed": setting.seed,
     }
@@ -78,11 +84,11 @@ def trl_job(world: World, setting: Setting, out: Path) -> dict[str, Any]:
     """What `trl_runner.py` reads. Writes the pairs and their images below `out`."""
     return {
         **asdict(setting),
-        "batch": setting.peer_batch or setting.pairs_a_step,
         "losses": {_TRL_NAMES.get(name, name): weight for name, weight in setting.losses.items()},
         "model": str(world.llava),
         "pairs": str(write_pairs_in_order(world, setting, out)),
         "metrics": str(out / "metrics.jsonl"),
+        "environment": str(out / "environment.json"),
         "scratch": str(out / "scratch"),
     }
 

@@ -2,166 +2,157 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
-from pivot_megatron.bench.agreement import largest_differences
+from pivot_megatron.bench.contenders import Contender, contenders, setting_for
 from pivot_megatron.bench.flops import PairLengths, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_environment import default_cache, peer_python
-from pivot_megatron.bench.peer_job import Setting, pair_lengths
+from pivot_megatron.bench.peer_job import pair_lengths
 from pivot_megatron.bench.peer_runs import PeerRun, run_pivot, run_trl
+from pivot_megatron.bench.peer_summary import Measured, Result, Versus, agreement, results, versus
 from pivot_megatron.bench.shapes import Shape
-from pivot_megatron.bench.spread import QUIET, Spread, spread
-from pivot_megatron.bench.world import make_world
+from pivot_megatron.bench.spread import QUIET
+from pivot_megatron.bench.world import World, make_world, require_empty
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.model.flops import Flops, Work
+from pivot_megatron.runtime.device import available_cores, device_count, use_threads
 
-SIDES = ("pivot", "trl")
 WARM_UP = 1
 """Steps at a run's beginning that are not timed: they pay for the first use of everything."""
+ON_A_GPU = " on a GPU"
+"""Behind the name of a contender whose operations are counted for a machine that is not this one."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Speeds are of the steps that were made while the machine was quiet, the reference pass counted in; `tokens` are of both
-    answers behind a prefix each, whoever lays them out how. `steps`: how many those are, of how many timed.
+class Wanted:
+    """`settings`: names of contenders, see `contenders`. `epochs` share one reference pass of ours. `trl_environment`: variables
+    that TRL's processes alone are given."""
 
-    Spreads are over rounds; a ratio is of the two runs of one round, both with quiet steps. `gain`: ours by theirs for speed,
-    theirs by ours for memory: above 1 is for us. `quiet`: whether any round has such a ratio; without one, what was timed on a
-    busy machine stands here instead. `reference_seconds`: of our own reference pass, a pair.
-    """
-
-    quiet: bool
-    reference_seconds: float
-    steps: Mapping[str, tuple[int, int]]
-    pairs_a_second: Mapping[str, Spread]
-    tokens_a_second: Mapping[str, Spread]
-    peak_bytes: Mapping[str, Spread]
-    speed_gain: Spread
-    memory_gain: Spread
+    shape: Shape
+    settings: Sequence[str]
+    rounds: int
+    steps: int
+    epochs: int
+    trl_environment: Mapping[str, str]
+    out: Path
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`epochs` share one reference pass of ours. `gemm_peak`: FLOP/s, the best of all looks at the machine. `rounds`: every run
-    by side. `flops`: a mean step's by side, and TRL's as it would be on a GPU. `differences`: the largest between the two
-    sides' metrics, see `largest_differences`."""
+    """`gemm_peak`: FLOP/s, the best of all looks at the machine. `rounds`: every run by contender, and `results` what they come
+    to. `flops`: what each spends on a mean step, and TRL's as it would be on a GPU where this is none; `needed_flops`: what the
+    step needs, as metrics.jsonl counts it. `differences`: the largest between the two sides' metrics, see
+    `largest_differences`."""
 
-    shape: Shape
-    setting: Setting
-    epochs: int
+    wanted: Wanted
+    contenders: Mapping[str, Contender]
     gemm_peak: float
     rounds: Sequence[Mapping[str, PeerRun]]
-    summary: Summary
+    results: Mapping[str, Result]
+    versus: Sequence[Versus]
     flops: Mapping[str, Flops]
+    needed_flops: float
     differences: Mapping[str, float]
 
 
-def compare(
-    shape: Shape, rounds: int, steps: int, epochs: int, peer_batch: int | None, out: Path, say: Say
-) -> Comparison:
-    """Make the world in `out`, run both sides `rounds` times.
+def compare(wanted: Wanted, say: Say) -> Comparison:
+    """Make the world in `wanted.out`, run every contender as many times as there are rounds.
 
     Raises UserError for numbers that measure nothing, and for an `out` that has files in it.
     """
+    rounds, steps, epochs = wanted.rounds, wanted.steps, wanted.epochs
     if rounds < 1 or steps <= WARM_UP:
         raise UserError(f"bench peers: expected --rounds >= 1 and --steps > {WARM_UP}, found {rounds} and {steps}")
     if epochs < 1:
         raise UserError(f"bench peers: expected --epochs >= 1, found {epochs}")
-    if peer_batch is not None and (peer_batch < 1 or shape.pairs_a_step % peer_batch):
-        raise UserError(f"bench peers: expected --peer-batch to divide {shape.pairs_a_step}, found {peer_batch}")
-    setting = Setting(steps, shape.pairs_a_step, peer_batch=peer_batch)
+    require_empty(wanted.out)
+    gpus, flash_attention = device_count(), importlib.util.find_spec("flash_attn") is not None
+    setting = setting_for(wanted.shape, steps, available_cores(), gpus, flash_attention)
+    found = contenders(wanted.settings, setting)
     say("the peer's environment")
     python = peer_python(default_cache())
-    say(f"model and pairs of shape {shape.name}")
-    world = make_world(out, shape)
-    lengths = pair_lengths(world, setting)
-    measured: list[dict[str, PeerRun]] = []
-    differences: dict[str, float] = {}
-    for number in range(rounds):
-        found: dict[str, PeerRun] = {}
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            folder = out / "runs" / f"{number}-{side}"
-            ours = side == "pivot"
-            found[side] = run_pivot(world, setting, folder) if ours else run_trl(python, world, setting, folder)
-            seconds = ", ".join(f"{step.seconds:.2f}" for step in found[side].watched.steps)
-            say(f"round {number + 1} of {rounds}: {side}, steps of {seconds} s")
-        measured.append(found)
-        one = largest_differences(found["pivot"].steps, found["trl"].steps, setting.beta)
-        differences = {name: max(value, differences.get(name, 0.0)) for name, value in one.items()}
-    timed = lengths[WARM_UP:]
-    flops = flops_by_side(describe(world.checkpoint).architecture(), timed, epochs)
-    peak = max(part.rate for found in measured for run in found.values() for part in run.watched.slices)
-    summary = summarise(measured, timed, epochs, QUIET * peak)
-    return Comparison(shape, setting, epochs, peak, measured, summary, flops, differences)
-
-
-def summarise(
-    rounds: Sequence[Mapping[str, PeerRun]], lengths: Sequence[Sequence[PairLengths]], epochs: int, floor: float
-) -> Summary:
-    """`lengths`: of the timed steps' pairs. `floor`: the machine's rate below which it is not quiet."""
-    references = [run for run in (found["pivot"] for found in rounds) if run.watched.start.rate >= floor]
-    reference = statistics.median(run.reference_seconds for run in references) if references else math.nan
-    speeds = {
-        side: [_speed(found[side], lengths, reference / epochs if side == "pivot" else 0.0, floor) for found in rounds]
-        for side in SIDES
-    }
-    both = [pair for pair in zip(speeds["pivot"], speeds["trl"], strict=True) if all(speed.steps for speed in pair)]
-    if floor and not (references and both):
-        return replace(summarise(rounds, lengths, epochs, floor=0.0), quiet=False)
-
-    def by_side(value: Callable[[_Speed], float]) -> dict[str, Spread]:
-        return {side: spread([value(speed) for speed in speeds[side] if speed.steps]) for side in SIDES}
-
-    memory = {side: [float(found[side].watched.peak_bytes) for found in rounds] for side in SIDES}
-    return Summary(
-        quiet=True,
-        reference_seconds=reference,
-        steps={side: (sum(s.steps for s in speeds[side]), len(rounds) * len(lengths)) for side in SIDES},
-        pairs_a_second=by_side(lambda speed: speed.pairs / speed.seconds),
-        tokens_a_second=by_side(lambda speed: speed.tokens / speed.seconds),
-        peak_bytes={side: spread(memory[side]) for side in SIDES},
-        speed_gain=spread([(a.pairs / a.seconds) / (b.pairs / b.seconds) for a, b in both]),
-        memory_gain=spread([b / a for a, b in zip(memory["pivot"], memory["trl"], strict=True)]),
+    say(f"model and pairs of shape {wanted.shape.name}")
+    world = make_world(wanted.out, wanted.shape)
+    lengths = pair_lengths(world, setting)[WARM_UP:]
+    arch = describe(world.checkpoint).architecture()
+    use_threads(setting.threads)  # of the matrix products that the runs are held against
+    runs = _runs(wanted, list(found.values()), world, python, say)
+    peak = max(part.rate for by_name in runs for run in by_name.values() for part in run.watched.slices)
+    measured = Measured(runs, lengths, epochs, QUIET * peak)
+    made = results(measured)
+    return Comparison(
+        wanted=wanted,
+        contenders=found,
+        gemm_peak=peak,
+        rounds=runs,
+        results=made,
+        versus=versus(measured, found, made),
+        flops=flops_by_contender(arch, lengths, found.values(), epochs, on_gpu=gpus > 0),
+        needed_flops=_needed(runs, found),
+        differences=agreement(measured, found),
     )
 
 
-@dataclass(frozen=True)
-class _Speed:
-    steps: int
-    pairs: int
-    tokens: int
-    seconds: float
+def _runs(
+    wanted: Wanted, ordered: Sequence[Contender], world: World, python: Path, say: Say
+) -> list[dict[str, PeerRun]]:
+    """To and fro, so that no contender always runs before another."""
+    made: list[dict[str, PeerRun]] = []
+    for number in range(wanted.rounds):
+        found: dict[str, PeerRun] = {}
+        for one in ordered if number % 2 == 0 else ordered[::-1]:
+            folder = wanted.out / "runs" / f"{number}-{one.name.replace(':', '-')}"
+            if one.side == "pivot":
+                found[one.name] = run_pivot(world, one.setting, folder)
+            else:
+                found[one.name] = run_trl(python, world, one.setting, folder, wanted.trl_environment)
+            seconds = ", ".join(f"{step.seconds:.2f}" for step in found[one.name].watched.steps)
+            say(f"round {number + 1} of {wanted.rounds}: {one.name}, steps of {seconds} s")
+        made.append(found)
+    return made
 
 
-def _speed(run: PeerRun, lengths: Sequence[Sequence[PairLengths]], reference: float, floor: float) -> _Speed:
-    """Of the run's quiet steps. `reference`: seconds a pair that come on top."""
-    quiet = [
-        (step.seconds, pairs) for step, pairs in zip(run.watched.steps, lengths, strict=True) if step.rate >= floor
-    ]
-    pairs = [pair for _, step in quiet for pair in step]
-    seconds = sum(seconds for seconds, _ in quiet) + reference * len(pairs)
-    return _Speed(len(quiet), len(pairs), sum(pair.separate for pair in pairs), seconds)
+def _needed(runs: Sequence[Mapping[str, PeerRun]], found: Mapping[str, Contender]) -> float:
+    ours = next(name for name, one in found.items() if one.side == "pivot")
+    return fmean(line["flops"] for line in runs[0][ours].steps[WARM_UP:])
 
 
-def flops_by_side(arch: Architecture, steps: Sequence[Sequence[PairLengths]], epochs: int) -> dict[str, Flops]:
-    """Of the mean step, ours with its share of a reference pass."""
-    work_of: dict[str, Callable[[Sequence[PairLengths]], Work]] = {
-        "pivot": pivot_work,
-        "trl": partial(trl_work, on_gpu=False),
-        "trl_on_gpu": partial(trl_work, on_gpu=True),
-    }
-    return {
-        side: sum((step(arch, work(pairs), epochs if side == "pivot" else 1) for pairs in steps), Flops()).scaled(
-            1 / len(steps)
-        )
-        for side, work in work_of.items()
-    }
+def flops_by_contender(
+    arch: Architecture,
+    steps: Sequence[Sequence[PairLengths]],
+    found: Iterable[Contender],
+    epochs: int,
+    on_gpu: bool,
+) -> dict[str, Flops]:
+    """Of the mean step, ours with its share of a reference pass. Micro-batches are counted as if pairs filled them in order."""
+    made: dict[str, Flops] = {}
+    elsewhere: dict[str, Flops] = {}
+    for one in found:
+        mean = partial(_mean_step, arch, steps, one.setting.micro_batch)
+        if one.side == "pivot":
+            made[one.name] = mean(pivot_work, epochs)
+            continue
+        made[one.name] = mean(partial(trl_work, on_gpu=on_gpu), 1)
+        if not on_gpu:
+            elsewhere[one.name + ON_A_GPU] = mean(partial(trl_work, on_gpu=True), 1)
+    return made | elsewhere
+
+
+def _mean_step(
+    arch: Architecture,
+    steps: Sequence[Sequence[PairLengths]],
+    micro_batch: int,
+    work: Callable[[Sequence[PairLengths]], Work],
+    epochs: int,
+) -> Flops:
+    batches = [pairs[at : at + micro_batch] for pairs in steps for at in range(0, len(pairs), micro_batch)]
+    return sum((step(arch, work(batch), epochs) for batch in batches), Flops()).scaled(1 / len(steps))

@@ -1,4 +1,4 @@
-"""A comparison as a picture: speed and memory of each side, and the operations that each trainer needs."""
+"""A comparison as a picture: speed and memory of each setting, and the operations that each needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from pivot_megatron.bench.peers import SIDES, Comparison
+from pivot_megatron.bench.contenders import SIDES
+from pivot_megatron.bench.peers import Comparison
 from pivot_megatron.bench.report import GIB, TERA
 from pivot_megatron.bench.spread import Spread
 from pivot_megatron.model.flops import Flops
@@ -32,18 +33,19 @@ def figure_of(charts: int, path: Path, height: float = 3.4) -> Iterator[tuple[An
 
 def write_plot(found: Comparison, path: Path) -> None:
     with figure_of(3, path) as (figure, (speed, memory, flops)):
-        _bars(speed, "pairs a second", found.summary.pairs_a_second)
-        _bars(memory, "peak memory, GiB", found.summary.peak_bytes, GIB)
+        _bars(speed, "pairs a second", found, {name: one.pairs_a_second for name, one in found.results.items()})
+        _bars(memory, "peak memory, GiB", found, {name: one.peak_bytes for name, one in found.results.items()}, GIB)
         _stacks(flops, found)
         figure.suptitle(
-            f"{found.shape.name}, {found.setting.pairs_a_step} pairs a step, rounds: {len(found.rounds)}", fontsize=10
+            f"{found.wanted.shape.name}, {found.wanted.shape.pairs_a_step} pairs a step, rounds: {found.wanted.rounds}",
+            fontsize=10,
         )
 
 
-def _bars(axes: Any, title: str, spreads: Mapping[str, Spread], unit: float = 1.0) -> None:
-    for place, side in enumerate(SIDES):
-        bar(axes, place, spreads[side], _COLOURS[place], unit)
-    axes.set_xticks(range(len(SIDES)), SIDES)
+def _bars(axes: Any, title: str, found: Comparison, spreads: Mapping[str, Spread], unit: float = 1.0) -> None:
+    for place, (name, one) in enumerate(spreads.items()):
+        bar(axes, place, one, _COLOURS[SIDES.index(found.contenders[name].side)], unit)
+    axes.set_xticks(range(len(spreads)), spreads)
     style(axes, title)
 
 
@@ -55,13 +57,13 @@ def bar(axes: Any, place: int, found: Spread, colour: str, unit: float = 1.0) ->
 
 
 def _stacks(axes: Any, found: Comparison) -> None:
-    sides = list(found.flops)
-    below = [0.0] * len(sides)
+    names = list(found.flops)
+    below = [0.0] * len(names)
     for colour, part in zip(_COLOURS, (field.name for field in fields(Flops)), strict=True):
-        heights = [getattr(found.flops[side], part) / TERA for side in sides]
-        axes.bar(range(len(sides)), heights, bottom=below, width=0.6, color=colour, label=part)
+        heights = [getattr(found.flops[name], part) / TERA for name in names]
+        axes.bar(range(len(names)), heights, bottom=below, width=0.6, color=colour, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.set_xticks(range(len(sides)), [side.replace("_", " ") for side in sides])
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     axes.legend(frameon=False, fontsize=7)
     style(axes, "TFLOP a step, by count")
 

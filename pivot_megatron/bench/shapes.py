@@ -68,6 +68,31 @@ _BODY = replace(
     vocabulary=8192,
 )
 
+# SigLIP2-So400m/16 at 384 pixels under Qwen2.5's true heads, for a GPU.
+_SO400M_SMALL = replace(
+    _VOCABULARY,
+    name="so400m_0.5b",
+    encoder_hidden=1152,
+    encoder_layers=27,
+    encoder_heads=16,
+    encoder_ffn=4304,
+    head_hidden=896,
+    head_layers=24,
+    head_heads=14,
+    head_ffn=4864,
+    pairs_a_step=8,
+    samples=64,
+)
+
+_SO400M_LARGE = replace(
+    _SO400M_SMALL,
+    name="so400m_1.5b",
+    head_hidden=1536,
+    head_layers=28,
+    head_heads=12,
+    head_ffn=8960,
+)
+
 # Seconds to make and run; says nothing about speed.
 _TINY = Shape(
     name="tiny",
@@ -88,7 +113,7 @@ _TINY = Shape(
     samples=12,
 )
 
-SHAPES = {shape.name: shape for shape in (_VOCABULARY, _BODY, _TINY)}
+SHAPES = {shape.name: shape for shape in (_VOCABULARY, _BODY, _SO400M_SMALL, _SO400M_LARGE, _TINY)}
 
 
 def shape_by_name(name: str) -> Shape:

@@ -1,7 +1,7 @@
 """TRL's DPOTrainer over a job of `bench.peer_job`: `python -P trl_runner.py JOB.json`, in an environment that has TRL.
 
 Imports nothing of this project, so that what it measures is TRL alone. Appends a line a step to the job's `metrics`, under the
-names of this project's own metrics.jsonl.
+names of this project's own metrics.jsonl, and says in the job's `environment` what it computed with.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Lines(TrainerCallback):  # type: ignore[misc]
             return  # the summary after the last step
         line = {"step": state.global_step, "step_seconds": self.seconds, "tokens": int(logs["num_tokens"])}
         line |= {ours: logs[theirs] for theirs, ours in _NAMES.items()}
+        if torch.accelerator.is_available():
+            line["peak_bytes"] = torch.accelerator.max_memory_allocated()
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.ended = time.perf_counter()  # writing the line is no part of training
@@ -65,8 +67,8 @@ def config(job: dict[str, Any]) -> DPOConfig:
     return DPOConfig(
         output_dir=job["scratch"],
         max_steps=job["steps"],
-        per_device_train_batch_size=job["batch"],
-        gradient_accumulation_steps=job["pairs_a_step"] // job["batch"],
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["pairs_a_step"] // job["micro_batch"],
         train_sampling_strategy="sequential",
         max_length=None,
         beta=job["beta"],
@@ -81,7 +83,8 @@ def config(job: dict[str, Any]) -> DPOConfig:
         adam_beta2=0.999,
         adam_epsilon=1e-8,
         max_grad_norm=job["clip"],
-        bf16=False,
+        bf16=job["precision"] == "bf16",
+        model_init_kwargs={"attn_implementation": job["trl_attention"]},
         gradient_checkpointing=False,
         dataloader_num_workers=0,
         logging_steps=1,
@@ -104,6 +107,16 @@ def main(path: Path) -> None:
     if job.get("batches"):
         trainer.data_collator = kept(trainer.data_collator, Path(job["batches"]))
     trainer.train()
+    Path(job["environment"]).write_text(json.dumps(environment(trainer.model.config)) + "\n")
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """`model`: the config of an image-text model."""
+    parts = (model.vision_config, model.get_text_config())
+    return {
+        "threads": torch.get_num_threads(),
+        "attention": ", ".join(sorted({part._attn_implementation for part in parts})),
+    }
 
 
 def kept(collate: Any, folder: Path) -> Any:

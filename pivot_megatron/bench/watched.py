@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pivot_megatron.bench.gemm import gemm_rate
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.runtime.memory import peak_resident
 
@@ -48,9 +47,10 @@ def run_watched(
     steps: int,
     log: Path,
     environment: Mapping[str, str],
-    rate: Callable[[], float] = gemm_rate,
+    rate: Callable[[], float],
 ) -> Watched:
-    """Run `command` to its end: it writes a line to `metrics` at each of `steps` steps' ends.
+    """Run `command` to its end: it writes a line to `metrics` at each of `steps` steps' ends. `rate`: what the machine multiplies
+    matrices at just now, FLOP/s.
 
     The child stands still while `rate` is taken: at each step's end and every few seconds in between, but not before its
     first step, what it times by itself there. What follows its last step, such as saving a checkpoint, does not count. Raises

@@ -50,8 +50,7 @@ class World:
 
 def make_world(out: Path, shape: Shape, seed: int = 777) -> World:
     """Write `shape`'s model and pairs below `out`. Raises UserError where that has files in it already."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: already has files in it; give a new folder with --out")
+    require_empty(out)
     world = World(out / "world")
     words = _words()
     make_encoder(
@@ -80,6 +79,12 @@ def make_world(out: Path, shape: Shape, seed: int = 777) -> World:
     import_checkpoint(world.encoder, world.llm, world.checkpoint, feature_layer=-2, seed=seed + 3)
     export_checkpoint(world.checkpoint, "mllm", world.llava, "drop", None)
     return world
+
+
+def require_empty(out: Path) -> None:
+    """Raises UserError where `out` has files in it."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: already has files in it; give a new folder with --out")
 
 
 def _words() -> list[str]:

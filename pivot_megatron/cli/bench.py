@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pivot_megatron.cli import bench_calibrate, bench_layouts
 from pivot_megatron.cli.verbs import Groups, Verb
+from pivot_megatron.errors import UserError
 
 
 def add(verb: Verb, verbs: Groups) -> None:
     group = verbs.add_parser("bench", help="measure this machine").add_subparsers(required=True, metavar="WHAT")
     p = verb("peers", _peers, "this trainer and TRL's DPOTrainer on the same model and pairs", group)
-    p.add_argument("--shape", required=True, help="vocabulary, body or tiny")
-    p.add_argument("--rounds", type=int, default=3, help="times that both are run (default: 3)")
+    p.add_argument("--shape", required=True, help="vocabulary, body or tiny; on a GPU so400m_0.5b or so400m_1.5b")
+    p.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="SIDE:PAIRS",
+        help="pivot or trl with so many pairs in a forward pass (default: both with 1, and both with a step's)",
+    )
+    p.add_argument("--rounds", type=int, default=3, help="times that each setting is run (default: 3)")
     p.add_argument("--steps", type=int, default=4, help="steps of a run, the first of them not timed (default: 4)")
     p.add_argument("--epochs", type=int, default=1, help="epochs that share our one reference pass (default: 1)")
-    p.add_argument("--peer-batch", type=int, help="pairs in one of the peer's forward passes (default: a step's)")
+    p.add_argument(
+        "--trl-environment",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable that TRL's processes alone are given, such as another allocator's (repeatable)",
+    )
     p.add_argument("--out", type=Path, default=Path("runs/bench-peers"), help="default: runs/bench-peers")
     p.add_argument("--json", action="store_true")
     p = verb("profile", _profile, "where a training step's time goes, by kind of operation", group)
@@ -40,24 +55,33 @@ def add(verb: Verb, verbs: Groups) -> None:
 
 
 def _peers(args: argparse.Namespace) -> int:
-    from pivot_megatron.bench.peers import compare
+    from pivot_megatron.bench.peers import Wanted, compare
     from pivot_megatron.bench.plot import write_plot
     from pivot_megatron.bench.report import as_json, as_text
     from pivot_megatron.bench.shapes import shape_by_name
 
-    found = compare(
+    wanted = Wanted(
         shape_by_name(args.shape),
+        args.settings,
         args.rounds,
         args.steps,
         args.epochs,
-        args.peer_batch,
+        _variables(args.trl_environment),
         args.out,
-        say=_say,
     )
+    found = compare(wanted, _say)
     (args.out / "peers.json").write_text(as_json(found) + "\n")
+    (args.out / "peers.md").write_text(as_text(found) + "\n")
     write_plot(found, args.out / "peers.png")
     print(as_json(found) if args.json else as_text(found))
     return 0
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    parts = [text.partition("=") for text in given]
+    if wrong := [text for text, (name, equals, _) in zip(given, parts, strict=True) if not (name and equals)]:
+        raise UserError(f"--trl-environment: expected KEY=VALUE, found {wrong[0]}")
+    return {name: value for name, _, value in parts}
 
 
 def _say(text: str) -> None:

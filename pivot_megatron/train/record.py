@@ -15,6 +15,7 @@ from pivot_megatron.runtime.distributed import (
     is_main_process,
     tensor_parallel_coordinates,
 )
+from pivot_megatron.runtime.memory import peak_memory
 from pivot_megatron.train.culprits import find_culprits
 from pivot_megatron.train.session import Session
 from pivot_megatron.train.step import StepResult
@@ -33,7 +34,8 @@ def own_share(data: StepData, flops: TrainingFlops) -> dict[str, float]:
 
 
 def record(session: Session, data: StepData, result: StepResult, step_seconds: float, data_seconds: float) -> int:
-    """A line of metrics. Returns how many samples of the global batch were left out."""
+    """A line of metrics; `peak_bytes` are the main process's own so far. Returns how many samples of the global batch were left
+    out."""
     tally = {name: int(result.tally[name]) for name in ("samples", "tokens", "padding", "dropped")}
     dropped = _all_dropped(data) if tally["dropped"] else []
     session.bad |= {d.index for d in dropped if d.bad}
@@ -52,6 +54,7 @@ def record(session: Session, data: StepData, result: StepResult, step_seconds: f
             "padding_share": tally["padding"] / max(tally["tokens"] + tally["padding"], 1),
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
+            "peak_bytes": peak_memory(),
             "dropped": len(dropped),
             "bad": sum(d.bad for d in dropped),
             "keys": data.keys_digest,

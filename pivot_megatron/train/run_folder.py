@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.data.loader import Dropped
@@ -59,8 +61,14 @@ def machine() -> dict[str, Any]:
 
 
 def environment(device: str, world_size: int, kernels: Kernels) -> dict[str, Any]:
-    """Of a run, for the record."""
-    return {**machine(), "device": device, "processes": world_size, **asdict(kernels)}
+    """Of a run, for the record. `threads`: of this process."""
+    return {
+        **machine(),
+        "device": device,
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        **asdict(kernels),
+    }
 
 
 class RunFolder:

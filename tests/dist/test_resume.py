@@ -44,7 +44,8 @@ def test_metrics_have_the_documented_names(unbroken: Path) -> None:
     lines = read_metrics(unbroken)
     assert [line["step"] for line in lines] == list(range(1, 10))
     documented = (
-        "loss grad_norm learning_rate pairs tokens flops padding_share step_seconds data_seconds chosen_logps rejected_logps chosen_rewards "
+        "loss grad_norm learning_rate pairs tokens flops padding_share step_seconds data_seconds peak_bytes "
+        "chosen_logps rejected_logps chosen_rewards "
         "rejected_rewards reward_margin reward_accuracy"
     )
     assert set(documented.split()) <= lines[0].keys()

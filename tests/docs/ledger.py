@@ -205,7 +205,10 @@ ELSEWHERE = {
         "tests/package/test_install.py::test_what_runs_is_the_folder_that_a_checkout_may_be_mounted_on"
     ),
     "docker/install.sh check ~/pivot": "tests/package/test_install.py::test_a_torch_put_before_the_images_ends_the_build",
-    "pivot bench peers --shape vocabulary": "tests/parity/test_bench_peers.py::test_both_sides_are_run_and_agree",
+    "pivot bench peers --shape vocabulary": "tests/parity/test_trl.py::test_the_page_of_a_comparison",
+    "pivot bench peers --shape vocabulary --settings pivot:1 trl:2 --rounds 1": "tests/parity/test_trl.py::test_the_page_of_a_comparison",
+    "pivot bench peers --shape vocabulary --trl-environment MALLOC_MMAP_THRESHOLD_=4294967296 "
+    "--trl-environment MALLOC_TRIM_THRESHOLD_=17179869184": "tests/parity/test_trl.py::test_the_page_of_a_comparison",
     "pivot data inspect shards/mine --sheet page.html --tokenizer checkpoints/Qwen2.5-1.5B-Instruct": (
         "tests/docs/test_examples.py::test_a_data_set_is_added"
     ),
@@ -242,6 +245,7 @@ NOT_RUN = {
     ),
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$HEAD:29500 -m pivot_megatron.cli train "
     "configs/run/2_dpo.yaml layout.tensor=2 layout.pipeline=2": "two nodes of eight GPUs",
+    "pivot bench peers --shape so400m_0.5b --steps 12": "a GPU",
     "python -m venv lmms": "lmms-eval and its questions come from the network",
 }
 NOT_RUN_PROGRAMS = {"lmms/bin/pip", "lmms/bin/python", "lmms/bin/accelerate", "docker", "enroot", "apptainer"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pivot_megatron.bench.peer_job import Setting, pivot_config
 from pivot_megatron.bench.peer_runs import PeerRun, run_pivot, run_trl
 from pivot_megatron.bench.shapes import shape_by_name
 from pivot_megatron.bench.world import World, make_world
+from pivot_megatron.cli import main
 from pivot_megatron.config.load import load_config
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.store import describe
@@ -31,12 +34,14 @@ SHAPE = shape_by_name("tiny")
 
 
 def setting(beta: float = 0.1, label_smoothing: float = 0.0, **losses: float) -> Setting:
-    return Setting(STEPS, SHAPE.pairs_a_step, 1e-3, beta, losses, label_smoothing)
+    pairs = SHAPE.pairs_a_step
+    return Setting(STEPS, pairs, pairs, 1e-3, beta, losses, label_smoothing)
 
 
 # Where the two mean the same by a name: TRL's `sigmoid` has no label smoothing, and its `bco_pair` no reward baseline.
 OBJECTIVES = {
     "sigmoid": setting(sigmoid=1.0),
+    "sigmoid-one-pair-a-pass": replace(setting(sigmoid=1.0), micro_batch=1),
     "sigmoid-strong-beta": setting(beta=1.0, sigmoid=1.0),
     "hinge": setting(hinge=1.0),
     "ipo": setting(ipo=1.0),
@@ -119,3 +124,21 @@ def separate_sequences(batch: PackedBatch, image_token: int) -> tuple[list[torch
             sequences[side].append(torch.cat([prefix, answer]))
             scored[side].append(list(range(len(prefix), len(prefix) + len(answer))))
     return sequences[0] + sequences[1], scored[0] + scored[1]
+
+
+def test_the_page_of_a_comparison(
+    python: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # which TRL alone would obey
+    out = tmp_path / "bench"
+    arguments = ["--shape", "tiny", "--rounds", "1", "--steps", "2", "--trl-environment", "MALLOC_ARENA_MAX=1"]
+    assert main(["bench", "peers", *arguments, "--out", str(out)]) == 0
+    page = (out / "peers.md").read_text()
+    assert page == capsys.readouterr().out
+    assert "MALLOC_ARENA_MAX=1" in page and (out / "peers.png").exists()
+    tree = json.loads((out / "peers.json").read_text())
+    assert list(tree["results"]) == ["pivot:1", "trl:1", "pivot:2", "trl:2"]
+    assert max(tree["differences"].values()) < TOLERANCE
+    cores = tree["machine"]["cores"]
+    assert tree["sides"]["pivot"]["threads"] == tree["sides"]["trl"]["threads"] == [cores]
+    assert tree["sides"]["trl"]["attention"] == ["sdpa"]

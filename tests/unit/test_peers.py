@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,14 +17,11 @@ from transformers import LlavaForConditionalGeneration
 from pivot_megatron.bench.agreement import largest_differences, rounding
 from pivot_megatron.bench.flops import PairLengths, pivot_work, step, trl_work
 from pivot_megatron.bench.peer_job import Setting, pair_lengths, write_pairs_in_order
-from pivot_megatron.bench.peer_runs import PeerRun
-from pivot_megatron.bench.peers import compare, summarise
 from pivot_megatron.bench.shapes import shape_by_name
-from pivot_megatron.bench.spread import Spread
-from pivot_megatron.bench.watched import Slice, Watched, run_watched
+from pivot_megatron.bench.watched import run_watched
 from pivot_megatron.bench.world import World, make_world
 from pivot_megatron.convert.store import describe
-from pivot_megatron.errors import RunError, UserError
+from pivot_megatron.errors import RunError
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.model.flops import Flops, Work, backward, forward
 
@@ -85,57 +81,6 @@ def test_a_step_is_four_forwards_five_of_the_logits_and_three_of_the_patches(arc
     assert whole.total == pytest.approx(4 * once.total + once.logits - once.patches)
     assert whole.scaled(0.5).total == pytest.approx(whole.total / 2)
     assert (once + Flops(logits=1.0)).logits == once.logits + 1
-
-
-LENGTHS = [PAIRS, PAIRS]
-
-
-def run(seconds: Sequence[float], peak: int = 10, rates: Sequence[float] = (), reference: float = 0.0) -> PeerRun:
-    """The first of `rates` is of the start."""
-    start, *others = rates or [1.0] * (len(seconds) + 1)
-    steps = tuple(Slice(*step) for step in zip(seconds, others, strict=True))
-    return PeerRun([], Watched(Slice(9.0, start), steps, peak), reference)
-
-
-def test_ratios_are_of_the_runs_of_one_round() -> None:
-    measured = [
-        {"pivot": run([ours, ours]), "trl": run([theirs, theirs], peak)}
-        for ours, theirs, peak in ((1.0, 2.0, 10), (2.0, 8.0, 20), (1.0, 3.0, 30))
-    ]
-    found = summarise(measured, LENGTHS, 1, floor=0.8)
-    assert found.quiet
-    assert found.speed_gain == Spread(2.0, 3.0, 4.0)
-    assert found.memory_gain == Spread(1.0, 2.0, 3.0)
-    assert found.pairs_a_second["pivot"] == Spread(1.0, 2.0, 2.0)
-    assert found.tokens_a_second["trl"].high == pytest.approx((74 + 67) / 2)
-
-
-def test_what_was_timed_on_a_busy_machine_is_left_out() -> None:
-    measured = [
-        {"pivot": run([2.0, 9.0], rates=[1.0, 0.9, 0.7]), "trl": run([50.0, 10.0], rates=[0.1, 0.7, 0.8])},
-        {"pivot": run([4.0, 9.0], rates=[1.0, 0.8, 0.1]), "trl": run([50.0, 60.0], rates=[1.0, 0.7, 0.7])},
-    ]
-    found = summarise(measured, LENGTHS, 1, floor=0.8)
-    assert found.quiet
-    assert found.steps == {"pivot": (2, 4), "trl": (1, 4)}
-    assert found.speed_gain == Spread(5.0, 5.0, 5.0)
-    assert found.pairs_a_second["pivot"] == Spread(0.5, 0.75, 1.0)
-
-
-def test_a_machine_that_was_never_quiet_is_told_of() -> None:
-    busy = [{"pivot": run([2.0], rates=[0.7, 0.9]), "trl": run([8.0], rates=[1.0, 0.9])}]
-    found = summarise(busy, LENGTHS[:1], 1, floor=0.8)
-    assert not found.quiet
-    assert found.speed_gain == Spread(4.0, 4.0, 4.0)
-
-
-def test_the_reference_pass_is_shared_by_epochs_and_taken_from_quiet_starts() -> None:
-    trl = run([6.0])
-    measured = [
-        {"pivot": run([1.0], reference=2.0), "trl": trl},
-        {"pivot": run([1.0], rates=[0.1, 1.0], reference=99.0), "trl": trl},
-    ]
-    assert summarise(measured, LENGTHS[:1], 4, floor=0.8).speed_gain == Spread(3.0, 3.0, 3.0)  # 1 s, 2 pairs of 2 s / 4
 
 
 def line(**changes: float) -> dict[str, float]:
@@ -224,22 +169,4 @@ def test_a_run_that_ends_early_is_no_run(tmp_path: Path) -> None:
 def test_a_failed_run_says_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with pytest.raises(RunError, match="no such thing"):
-        run_watched(command, tmp_path / "metrics.jsonl", 1, tmp_path / "log", os.environ)
-
-
-def test_nothing_that_stands_in_the_folder_is_touched(tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="already has files in it"):
-        compare(SHAPE, 1, 2, 1, None, tmp_path, say=print)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-
-
-@pytest.mark.parametrize(("rounds", "steps"), [(0, 4), (1, 1)])
-def test_numbers_that_measure_nothing(tmp_path: Path, rounds: int, steps: int) -> None:
-    with pytest.raises(UserError, match=f"found {rounds} and {steps}"):
-        compare(SHAPE, rounds, steps, 1, None, tmp_path / "out", say=print)
-
-
-def test_an_unknown_shape_is_named() -> None:
-    with pytest.raises(UserError, match="expected one of vocabulary, body, tiny, found big"):
-        shape_by_name("big")
+        run_watched(command, tmp_path / "metrics.jsonl", 1, tmp_path / "log", os.environ, lambda: 1.0)

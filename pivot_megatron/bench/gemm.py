@@ -14,8 +14,8 @@ _SECONDS = 0.15
 
 
 def device_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of large square products in `dtype` on what this process computes on, with all of its threads where that is a CPU: the
-    mean of a moment's, so that whatever shares the machine shows."""
+    """FLOP/s of large square products in `dtype` on what this process computes on, a CPU's with all of its threads: the mean of a
+    moment's, so that whatever shares the machine shows."""
     device = current_platform().device
     return _rate(device, dtype, _CPU_SIZE if device.type == "cpu" else _GPU_SIZE)
 

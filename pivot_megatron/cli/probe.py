@@ -21,7 +21,7 @@ def add(verb: Verb, verbs: Groups) -> None:
 
 
 def _add_linear(verb: Verb, group: Groups) -> None:
-    p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
+    p = verb("linear", _linear, "classes by a linear classifier over mean patch features", group)
     _encoders(p)
     p.add_argument(
         "--train",
@@ -33,6 +33,7 @@ def _add_linear(verb: Verb, group: Groups) -> None:
     p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
     p.add_argument("--seed", type=int, default=777, help="of the first draw (default: 777)")
+    add_classifier(p)
     p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
     _features(p)
     _results(p, "linear")
@@ -146,6 +147,15 @@ def _add_vqa(verb: Verb, group: Groups) -> None:
     form.add_argument("--markdown", action="store_true")
 
 
+def add_classifier(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--classifier",
+        choices=("logistic", "prototypes"),
+        default="logistic",
+        help="regressions over the paper's C, or the nearest class mean, which fits nothing (default: logistic)",
+    )
+
+
 def _encoders(p: argparse.ArgumentParser) -> None:
     held = "the first is what the others are held against"
     p.add_argument(
@@ -180,7 +190,15 @@ def _linear(args: argparse.Namespace) -> int:
 
     tracking = _tracking(args)
     settings = LinearSettings(
-        args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
+        args.train,
+        args.test,
+        args.per_class,
+        args.draws,
+        args.seed,
+        args.projected,
+        args.feature_layer,
+        args.batch,
+        args.classifier,
     )
     found = probe_encoders(args.encoders, settings, args.out / "features", _say)
     return _told(args, tracking, "linear", found, linear_page(found, versions("scikit-learn")))

@@ -201,9 +201,7 @@ def _settings(schedule: Schedule) -> LinearSettings:
     probe, layer = schedule.probe, schedule.encoder.feature_layer
     if probe is None:
         raise ValueError("the schedule has no probe")
-    return LinearSettings(
-        probe.train, probe.test, probe.per_class, probe.draws, probe.seed, feature_layer=layer, batch=probe.batch
-    )
+    return LinearSettings(**vars(probe), feature_layer=layer)
 
 
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:

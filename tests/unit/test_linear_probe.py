@@ -13,7 +13,14 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe import linear
 from pivot_megatron.probe.digits import digits
 from pivot_megatron.probe.interval import crossed_change, crossed_mean, difference, mean_interval, wilson
-from pivot_megatron.probe.linear import C_GRID, ProbeResult, few_a_class, linear_probe, prototype_accuracy
+from pivot_megatron.probe.linear import (
+    C_GRID,
+    ProbeResult,
+    few_a_class,
+    linear_probe,
+    prototype_accuracy,
+    prototype_right,
+)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,20 @@ def test_prototypes_are_the_nearest_class_means() -> None:
     cosine = NearestCentroid().fit(train, labels)  # of unit length, nearest is most alike
     means = cosine.centroids_ / np.linalg.norm(cosine.centroids_, axis=1, keepdims=True)
     assert (np.argmax(test @ means.T, axis=1) == labels).mean() == pytest.approx(2 / 3)
+
+
+def test_prototypes_are_scikit_learns_nearest_centroids() -> None:
+    """Sample by sample, where centroids are brought to length 1: of vectors of that length nearest is of the highest cosine."""
+    draw = np.random.default_rng(0)
+    labels = draw.permutation(np.repeat([2, 5, 7, 9], 30))
+    features = (0.4 * np.eye(10)[labels] + draw.normal(0, 0.3, (120, 10))).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    train, test = slice(0, 60), slice(60, 120)
+    found = prototype_right(features[train], labels[train], features[test], labels[test])
+    reference = NearestCentroid().fit(features[train], labels[train])
+    reference.centroids_ /= np.linalg.norm(reference.centroids_, axis=1, keepdims=True)
+    np.testing.assert_array_equal(found, reference.predict(features[test]) == labels[test])
+    assert 0.4 < found.mean() < 0.95
 
 
 def test_a_draw_takes_as_many_of_each_class() -> None:

@@ -29,7 +29,7 @@ from pivot_megatron.recipe import evolution_page as evolution
 from pivot_megatron.recipe.comparison import Measured, as_json
 from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
-from pivot_megatron.recipe.schedule import PhaseSpec, Schedule
+from pivot_megatron.recipe.schedule import LinearProbe, PhaseSpec, Schedule
 from pivot_megatron.report.charts import Series, line_chart
 from pivot_megatron.report.facts import short_names, together, told
 from pivot_megatron.report.interval_chart import IntervalLine, Titles, interval_chart
@@ -168,7 +168,8 @@ def evolved(folder: Path, monkeypatch: pytest.MonkeyPatch, *results: PhaseResult
         (run / "environment.json").write_text(json.dumps({"git": f"commit{n}", "packages": {"torch": "2.13.0+cpu"}}))
         phases.append(SimpleNamespace(name=result.name, config=SimpleNamespace(out=run)))
     specs = tuple(PhaseSpec(name=result.name, run={}) for result in results)
-    schedule = Schedule(name="<b>growth</b>", out=folder, encoder=Encoder(hf=Path("base")), phases=specs)
+    probe = LinearProbe(train=Path("train"), test=Path("test"))
+    schedule = Schedule(name="<b>growth</b>", out=folder, encoder=Encoder(hf=Path("base")), phases=specs, probe=probe)
     return evolution.evolution_page(schedule, phases, results)  # type: ignore[arg-type]
 
 
@@ -192,7 +193,7 @@ def test_an_evolutions_page_has_each_phase(tmp_path: Path, monkeypatch: pytest.M
     assert "the encoder as it began: 60.00" in page.text and "encoder as it was, bit for bit" in page.text
     assert page.text.count("1.5 \u2192 0.75") == 3 and page.text.count("0.0625 \u2192 0.0625") == 1
     assert "commit0 / commit1 / commit2" in page.text and page.text.count("2.13.0+cpu") == 1
-    assert "phase dpo told of run-2" in page.text
+    assert "phase dpo told of run-2" in page.text and "each phase left it, by logistic regression." in page.text
 
 
 def test_an_evolution_without_a_probe_has_curves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

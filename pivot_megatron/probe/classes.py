@@ -89,10 +89,10 @@ def _record(draw: ProbeResult) -> dict[str, object]:
     return {name: value for name, value in asdict(draw).items() if name != "right"}
 
 
-def require_sets(settings: LinearSettings) -> None:
+def require_sets(settings: LinearSettings, cache: Path | None = None) -> None:
     """Raises UserError for what `probe_encoders` would refuse of the images and draws, before work is done that is to be probed.
-    No image is decoded."""
-    _opened_sets(settings)
+    No image is decoded. `cache`: that of `probe_encoders`, which then need not list tars again."""
+    _opened_sets(settings, cache)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class _Sets:
     draws: tuple[npt.NDArray[np.intp], ...]
 
 
-def _opened_sets(settings: LinearSettings) -> _Sets:
+def _opened_sets(settings: LinearSettings, cache: Path | None) -> _Sets:
     _require_counts(settings)
-    train, test = ImageSet.opened(settings.train), ImageSet.opened(settings.test)
+    train, test = ImageSet.opened(settings.train, cache), ImageSet.opened(settings.test, cache)
     _require_matching(settings, train, test)
     _require_enough(settings, train)
     draws = tuple(few_a_class(train.labels, settings.per_class, settings.seed + n) for n in range(settings.draws))
@@ -134,7 +134,7 @@ def probe_encoders(
     """Raises UserError for sets that do not go together, too few images of a class, draws that are the same, and an encoder that
     is not whole."""
     require_sources(encoders, settings.projected)
-    sets = _opened_sets(settings)
+    sets = _opened_sets(settings, cache)
     scores = tuple(_score(path, settings, sets, cache, say) for path in encoders)
     return LinearReport(settings, len(sets.train.classes), len(sets.test), scores)
 

@@ -170,6 +170,32 @@ def test_a_crossed_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
 
 
 @pytest.mark.parametrize(
+    ("draws", "between_draws", "between_samples", "low", "high"),
+    # Variances of effects as shares of the mean's that the residual has: none, as much, and much more.
+    [
+        (3, 0.0, 0.0, 0.975, 0.995),
+        (5, 0.0, 0.0, 0.98, 0.998),
+        (3, 1.0, 0.0, 0.95, 0.98),
+        (3, 10.0, 0.0, 0.915, 0.945),
+        (5, 10.0, 0.0, 0.935, 0.962),
+        (3, 0.0, 10.0, 0.945, 0.97),
+        (2, 10.0, 0.0, 0.86, 0.9),
+    ],
+)
+def test_how_often_a_crossed_interval_holds_the_truth(
+    draws: int, between_draws: float, between_samples: float, low: float, high: float
+) -> None:
+    """As the page of the probes has it: more often than it says where the residual is all there is, less where there are two
+    draws and they are all."""
+    rng, samples, held, trials = np.random.default_rng(0), 60, 0, 2000
+    for _ in range(trials):
+        rows = rng.normal(0, (between_draws / samples) ** 0.5, (draws, 1))
+        columns = rng.normal(0, (between_samples / draws) ** 0.5, (1, samples))
+        held += 0.0 in crossed_mean(rows + columns + rng.normal(0, 1, (draws, samples)))[1]
+    assert low < held / trials < high
+
+
+@pytest.mark.parametrize(
     ("lost", "gained", "total", "centre", "error"),
     [
         (4, 26, 48, 0.44, 0.09448809),  # of R's statpsych 2.0, ci.prop.ps(.05, 12, 4, 26, 6)

@@ -18,7 +18,8 @@ _NO_ERRORS = "A score without an interval is of a benchmark for which lmms-eval 
 
 def vqa_page(report: VqaReport, versions: Mapping[str, str]) -> Page:
     names = short_names(report.labels)
-    rows = report.rows()
+    # A browser keeps an em space, by which a benchmark stands below its group.
+    rows = [[row[0].replace("  ", "\u2003"), *row[1:]] for row in report.rows()]
     words = [0, *range(3, len(rows[0]), 2)]
     sections = [Section("Benchmarks", [Table(rows, words)], "In per cent of a full score.", " ".join(report.notes()))]
     if scores := _scores(report, names):

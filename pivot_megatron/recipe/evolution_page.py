@@ -9,7 +9,7 @@ from pivot_megatron.probe.classes import CLASSIFIERS
 from pivot_megatron.probe.score_sections import DIFFERENCES, NOT_ADJUSTED
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, table_rows
 from pivot_megatron.recipe.phase_runs import Phase
-from pivot_megatron.recipe.run_facts import curves, environment_facts, run_told
+from pivot_megatron.recipe.run_facts import curves, environment_facts, run_told, settings_section
 from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.intervals import Line, Row, change_row, interval_table
@@ -29,6 +29,7 @@ def evolution_page(schedule: Schedule, phases: Sequence[Phase], results: Sequenc
     panels = run_panels(curves(runs), slots, _CURVES)
     lead = "Over the optimizer step; beside a metric's name its first and its last value. A faint line is the metric as it was "
     sections.append(Section("Training", [Charts(panels)], f"{lead}logged, the strong one its moving mean."))
+    sections.append(settings_section({phase.name: [phase.config] for phase in phases}))
     versions = together([environment_facts(run) for run in runs.values()])
     return Page(f"Evolution: {schedule.name}", _lead(phases, results), sections, _settings(schedule, phases), versions)
 

@@ -21,7 +21,7 @@ def add(verb: Verb, verbs: Groups) -> None:
 
 
 def _add_linear(verb: Verb, group: Groups) -> None:
-    p = verb("linear", _linear, "classes by logistic regression over mean patch features", group)
+    p = verb("linear", _linear, "classes by a linear classifier over mean patch features", group)
     _encoders(p)
     p.add_argument(
         "--train",
@@ -33,6 +33,7 @@ def _add_linear(verb: Verb, group: Groups) -> None:
     p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
     p.add_argument("--seed", type=int, default=777, help="of the first draw (default: 777)")
+    add_classifier(p)
     p.add_argument("--projected", action="store_true", help="features past the projector, of a checkpoint or run")
     _features(p)
     _results(p, "linear")
@@ -142,8 +143,17 @@ def _add_vqa(verb: Verb, group: Groups) -> None:
         "--benchmarks", type=Path, metavar="FILE", help="tasks and metrics (default: configs/benchmarks.yaml)"
     )
     form = p.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
+    _results(p, "vqa", form)
+
+
+def add_classifier(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--classifier",
+        choices=("logistic", "prototypes"),
+        default="logistic",
+        help="regressions over the paper's C, or the nearest class mean, which fits nothing (default: logistic)",
+    )
 
 
 def _encoders(p: argparse.ArgumentParser) -> None:
@@ -162,10 +172,11 @@ def _features(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=int, default=64, help="images that pass the encoder at once (default: 64)")
 
 
-def _results(p: argparse.ArgumentParser, probe: str) -> None:
+def _results(p: argparse.ArgumentParser, probe: str, form: argparse._ActionsContainer | None = None) -> None:
+    """`form`: where `--json` belongs, beside other forms."""
     out = f"runs/probe-{probe}"
     p.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
-    p.add_argument("--json", action="store_true")
+    (form or p).add_argument("--json", action="store_true")
     p.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="off", help="tell Weights & Biases the report"
     )
@@ -180,7 +191,15 @@ def _linear(args: argparse.Namespace) -> int:
 
     tracking = _tracking(args)
     settings = LinearSettings(
-        args.train, args.test, args.per_class, args.draws, args.seed, args.projected, args.feature_layer, args.batch
+        args.train,
+        args.test,
+        args.per_class,
+        args.draws,
+        args.seed,
+        args.projected,
+        args.feature_layer,
+        args.batch,
+        args.classifier,
     )
     found = probe_encoders(args.encoders, settings, args.out / "features", _say)
     return _told(args, tracking, "linear", found, linear_page(found, versions("scikit-learn")))
@@ -237,10 +256,13 @@ def _answers(args: argparse.Namespace) -> int:
 def _vqa(args: argparse.Namespace) -> int:
     from pivot_megatron.config.shipped import shipped_config
     from pivot_megatron.probe.vqa import vqa_report
+    from pivot_megatron.probe.vqa_page import vqa_page
+    from pivot_megatron.report.facts import versions
 
+    tracking = _tracking(args)
     found = vqa_report(args.results, args.benchmarks or shipped_config("benchmarks.yaml"))
-    print(found.as_json() if args.json else found.as_markdown() if args.markdown else found.as_text())
-    return 0
+    shown = found.as_markdown() if args.markdown else found.as_text()
+    return _told(args, tracking, "vqa", found, vqa_page(found, versions()), shown)
 
 
 def _tracking(args: argparse.Namespace) -> Tracking:
@@ -257,7 +279,10 @@ def _tracking(args: argparse.Namespace) -> Tracking:
     return found
 
 
-def _told(args: argparse.Namespace, tracking: Tracking, name: str, found: Any, page: Page) -> int:
+def _told(
+    args: argparse.Namespace, tracking: Tracking, name: str, found: Any, page: Page, shown: str | None = None
+) -> int:
+    """`shown`: what is printed in the place of the table."""
     from pivot_megatron.report.page import write_page
     from pivot_megatron.report.tracked import track
 
@@ -266,7 +291,7 @@ def _told(args: argparse.Namespace, tracking: Tracking, name: str, found: Any, p
     (args.out / f"{name}.json").write_text(told + "\n")
     write_page(page, args.out / "report.html")
     track(page.title, tracking, args.out / "report.html", page, found.as_text(), found.figures())
-    print(told if args.json else found.as_text())
+    print(told if args.json else shown or found.as_text())
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from pivot_megatron.cli.probe import add_classifier
 from pivot_megatron.cli.verbs import Verb
 from pivot_megatron.errors import UserError
 from pivot_megatron.requeue import StopRequests
@@ -43,6 +44,7 @@ def add(verb: Verb) -> None:
     p.add_argument("--test", type=Path, required=True, help="the same, of the same classes and other images")
     p.add_argument("--per-class", type=int, default=50, help="training images of each class in a draw (default: 50)")
     p.add_argument("--draws", type=int, default=3, help="times that training images are drawn (default: 3)")
+    add_classifier(p)
     p.add_argument(
         "--pairs", type=Path, help="held-out pairs that the whole models answer, as of `pivot probe answers`"
     )
@@ -70,7 +72,7 @@ def _compare(args: argparse.Namespace) -> int:
         from pivot_megatron.probe.classes import LinearSettings
         from pivot_megatron.recipe.compare import CompareSettings, compare
 
-        probe = LinearSettings(args.train, args.test, args.per_class, args.draws)
+        probe = LinearSettings(args.train, args.test, args.per_class, args.draws, classifier=args.classifier)
         counts = tuple(args.samples) if args.samples else (None,)
         settings = CompareSettings(
             tuple(args.configs), tuple(args.changes), tuple(args.seeds), counts, probe, args.pairs, args.out

@@ -39,10 +39,10 @@ class ImageSet:
         )
 
     @classmethod
-    def opened(cls, where: Path) -> ImageSet:
+    def opened(cls, where: Path, cache: Path | None = None) -> ImageSet:
         """`where/CLASS/**/IMAGE`, as torchvision's ImageFolder has it, or tars of `KEY.jpg` with `KEY.cls`: those of a folder, or
-        of a pattern. Raises UserError where it is neither."""
-        return _of_tars(where, tars) if (tars := tars_at(where)) else _of_folders(where)
+        of a pattern. `cache`: a folder that keeps what tars hold. Raises UserError where it is neither."""
+        return _of_tars(where, tars, cache) if (tars := tars_at(where)) else _of_folders(where)
 
 
 def _of_folders(folder: Path) -> ImageSet:
@@ -60,8 +60,8 @@ def _of_folders(folder: Path) -> ImageSet:
     return _labelled(found)
 
 
-def _of_tars(where: Path, tars: Sequence[Path]) -> ImageSet:
-    found = [image for tar in tars for image in images_beside(tar, "cls")]
+def _of_tars(where: Path, tars: Sequence[Path], cache: Path | None) -> ImageSet:
+    found = [image for tar in tars for image in images_beside(tar, "cls", cache)]
     if not found:
         raise UserError(f"{where}: expected samples KEY.jpg with KEY.cls in its tars, found none")
     return _labelled(found)

@@ -121,13 +121,19 @@ def _right(c: float, train_x: Features, train_y: Labels, test_x: Features, test_
     return found
 
 
-def prototype_accuracy(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> float:
-    """The share of test samples `[samples, hidden]` whose cosine similarity is highest to the mean of their own class's training
-    samples, all of length 1: a fast proxy, with nothing to fit."""
+def prototype_right(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> npt.NDArray[np.bool_]:
+    """`[samples]`: which test samples `[samples, hidden]` have their highest cosine similarity to the mean of their own class's
+    training samples, all of length 1: a fast proxy, with nothing to fit."""
     classes = np.unique(train_y)
     means = np.stack([train_x[train_y == one].mean(axis=0) for one in classes])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(means.dtype).tiny)
-    return float((classes[np.argmax(test_x @ means.T, axis=1)] == test_y).mean())
+    right: npt.NDArray[np.bool_] = classes[np.argmax(test_x @ means.T, axis=1)] == test_y
+    return right
+
+
+def prototype_accuracy(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> float:
+    """The share that `prototype_right` finds."""
+    return float(prototype_right(train_x, train_y, test_x, test_y).mean())
 
 
 def few_a_class(labels: Labels, count: int, seed: int) -> npt.NDArray[np.intp]:

@@ -6,23 +6,29 @@ import io
 from collections.abc import Mapping
 
 from pivot_megatron.probe.align import AlignmentReport
-from pivot_megatron.probe.classes import LinearReport
+from pivot_megatron.probe.classes import CLASSIFIERS, LinearReport
 from pivot_megatron.probe.score_sections import Told, score_sections, scores_told
 from pivot_megatron.probe.segment import SegmentationReport
 from pivot_megatron.report.facts import told
 from pivot_megatron.report.intervals import Line
 from pivot_megatron.report.page import Page, Picture, Pictures, Section
 
+_CHOSEN = {
+    "logistic": (
+        "C is chosen on held-out training images; \u201cC on test\u201d chooses it on the test images, as published numbers do. "
+        "\u201cprototypes\u201d is the nearest class mean."
+    ),
+    "prototypes": "Nearest is of the highest cosine; nothing is fitted or chosen.",
+}
+
 
 def linear_page(report: LinearReport, versions: Mapping[str, str]) -> Page:
     settings = report.settings
     text = Told(
         "accuracy",
-        f"Classes read by logistic regression from frozen mean patch features: {report.classes} classes, {settings.per_class} "
-        f"training images of each, {report.test_images} test images, the mean of {settings.draws} "
-        f"{'draw' if settings.draws == 1 else 'draws'} of training images. C is chosen on held-out training images; "
-        "\u201cC on test\u201d chooses it on the test images, as published numbers do. \u201cprototypes\u201d is the nearest "
-        "class mean.",
+        f"Classes read by {CLASSIFIERS[settings.classifier]} from frozen mean patch features: {report.classes} classes, "
+        f"{settings.per_class} training images of each, {report.test_images} test images, the mean of {settings.draws} "
+        f"{'draw' if settings.draws == 1 else 'draws'} of training images. {_CHOSEN[settings.classifier]}",
         "Intervals are for other draws and other test images alike.",
     )
     facts = told({"encoders": [score.encoder for score in report.scores], **vars(settings)})

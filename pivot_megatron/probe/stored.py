@@ -7,8 +7,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.probe.kept import kept_together, made_by
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
@@ -61,13 +66,28 @@ def files_at(where: Path, extension: str, kind: str) -> list[Path]:
     return found
 
 
-def images_beside(tar: Path, extension: str) -> Iterator[StoredImage]:
-    """Each KEY.jpg (or another image) with its KEY.`extension`, in order. Raises UserError for an image without, for two of one
-    key, and for a tar that cannot be read."""
+def images_beside(tar: Path, extension: str, cache: Path | None = None) -> Iterator[StoredImage]:
+    """Each KEY.jpg (or another image) with its KEY.`extension`, in order. `cache`: a folder that keeps what a tar holds, for the
+    next time that it is as long and as old; for short texts, which take the room of the longest. Raises UserError for an image
+    without its text, for two of one key, and for a tar that cannot be read."""
+    try:
+        stat = tar.stat()
+    except OSError as error:
+        raise _unreadable(tar, error) from None
+    told = f"{tar.resolve()} {stat.st_size} {stat.st_mtime_ns} {extension} {made_by(__file__)}"
+    found = kept_together(lambda: _listed(tar, extension), cache, told)
+    for key, text, offset, size in zip(*(found[name].tolist() for name in _LISTED), strict=True):
+        yield StoredImage(f"{tar}: {key}", text, tar, offset, size, stat.st_mtime_ns)
+
+
+_LISTED = ("keys", "texts", "offsets", "sizes")
+
+
+def _listed(tar: Path, extension: str) -> dict[str, npt.NDArray[Any]]:
+    """_LISTED, `[images]` each: a tar has no index, so every header of it is read."""
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, str] = {}
     try:
-        stamp = tar.stat().st_mtime_ns
         with tarfile.open(tar, "r:") as file:
             for member in file:
                 folder, slash, base = member.name.rpartition("/")
@@ -80,8 +100,13 @@ def images_beside(tar: Path, extension: str) -> Iterator[StoredImage]:
                 elif kind == extension and (content := file.extractfile(member)):
                     texts[key] = content.read().decode().strip()
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{tar}: not a tar that can be read ({error}); fetch it again") from None
-    for key, (offset, size) in images.items():
-        if key not in texts:
-            raise UserError(f"{tar}: {key}: expected {key}.{extension} beside the image, found none")
-        yield StoredImage(f"{tar}: {key}", texts[key], tar, offset, size, stamp)
+        raise _unreadable(tar, error) from None
+    if lone := [key for key in images if key not in texts]:
+        raise UserError(f"{tar}: {lone[0]}: expected {lone[0]}.{extension} beside the image, found none")
+    places = np.array(list(images.values()), np.int64).reshape(-1, 2)
+    words = (np.array(one, np.str_) for one in (list(images), [texts[key] for key in images]))
+    return dict(zip(_LISTED, (*words, places[:, 0], places[:, 1]), strict=True))
+
+
+def _unreadable(tar: Path, error: Exception) -> UserError:
+    return UserError(f"{tar}: not a tar that can be read ({error}); fetch it again")

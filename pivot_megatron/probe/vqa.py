@@ -12,8 +12,9 @@ from typing import Any
 
 from pivot_megatron.probe.benchmarks import Suite, read_suite
 from pivot_megatron.probe.interval import Z95, Interval, change_text
-from pivot_megatron.probe.table import aligned
+from pivot_megatron.probe.table import aligned, figure
 from pivot_megatron.probe.vqa_results import ModelResults, Result, read_model
+from pivot_megatron.report.facts import short_names
 
 NONE = "-"
 
@@ -30,10 +31,11 @@ def change(first: Result, other: Result) -> tuple[float, Interval | None]:
 
 @dataclass(frozen=True)
 class VqaReport:
-    """The first of `models` is what the others are held against."""
+    """The first of `models` is what the others are held against. `benchmarks`: the file of the suite."""
 
     suite: Suite
     models: tuple[ModelResults, ...]
+    benchmarks: Path
 
     @property
     def labels(self) -> list[str]:
@@ -94,8 +96,27 @@ class VqaReport:
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row[0].strip(), *row[1:]] for row in rows)]
         return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *self.notes()]).rstrip()
 
-    def as_json(self) -> str:
+    def settings(self) -> dict[str, Any]:
+        files = [file for model in self.models for file in model.files]
+        return {"results": files, "benchmarks": self.benchmarks, "lmms_eval": self.suite.lmms_eval}
+
+    def figures(self) -> dict[str, float]:
+        """Shares for a tracker, as those of `table.figures`."""
+        names = short_names(self.labels)
+        found: dict[str, float] = {}
+        for name, model in zip(names, self.models, strict=True):
+            averages = {group: model.average(list(members)) for group, members in self.suite.groups.items()}
+            averages["average"] = model.overall(self.suite)
+            scores = averages | {benchmark: result.score for benchmark, result in model.results.items()}
+            for benchmark, score in scores.items():
+                if score is not None:
+                    found |= figure(f"vqa/{benchmark}/{name}", score / 100, _interval(model.results.get(benchmark)))
+        return found
+
+    def as_json(self, **facts: Any) -> str:
         told = {
+            "settings": self.settings(),
+            **facts,
             "lmms_eval": self.suite.lmms_eval,
             "models": [self._record(*pair) for pair in zip(self.labels, self.models, strict=True)],
             "against_the_first": [
@@ -125,6 +146,12 @@ class VqaReport:
         return {"model": label, "scores": {name: found[name] for name in self.suite.benchmarks if name in found}}
 
 
+def _interval(result: Result | None) -> Interval:
+    """Of a share; without end where there is none."""
+    found = result.interval if result else None
+    return Interval(found.low / 100, found.high / 100) if found else Interval(-math.inf, math.inf)
+
+
 def _percent(score: float | None) -> str:
     return NONE if score is None else f"{score:.2f}"
 
@@ -141,4 +168,4 @@ def _change(first: Result | None, other: Result | None) -> str:
 def vqa_report(paths: Sequence[Path], benchmarks: Path) -> VqaReport:
     """`paths`: of each model, as `read_model` takes it."""
     suite = read_suite(benchmarks)
-    return VqaReport(suite, tuple(read_model(path, suite) for path in paths))
+    return VqaReport(suite, tuple(read_model(path, suite) for path in paths), benchmarks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.benchmarks import Benchmark, Suite
+from pivot_megatron.probe.interval import Z95, Interval
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,13 @@ class Result:
 
     score: float
     stderr: float | None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the standard error; None without one."""
+        if self.stderr is None:
+            return None
+        return Interval(self.score - Z95 * self.stderr, self.score + Z95 * self.stderr)
 
 
 @dataclass(frozen=True)

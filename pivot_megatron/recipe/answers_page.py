@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 from pivot_megatron.probe.score_sections import Told, score_sections, scores_told
+from pivot_megatron.recipe.held_out import HeldOut, is_right
 from pivot_megatron.recipe.small_tasks import TaskReport
 from pivot_megatron.report.facts import short_names, told
 from pivot_megatron.report.page import Page, Picture, Pictures, Section
@@ -27,27 +28,37 @@ _PAIRS = Told(
 
 
 def answers_page(report: TaskReport, versions: Mapping[str, str]) -> Page:
+    names = short_names([one.model for one in report.answered])
     sections = [
         *score_sections(_ANSWERS, report.answers()),
         *score_sections(_PAIRS, report.preferences()),
-        Section("Examples", [Pictures(_examples(report))], f"The first {SHOWN_A_TASK} questions of each task."),
+        examples_section(report.pairs, dict(zip(names, (one.texts for one in report.answered), strict=True))),
     ]
     facts = told({"models": [one.model for one in report.answered], **vars(report.settings)})
     return Page("Answers", scores_told(_ANSWERS, report.answers()), sections, facts, versions)
 
 
-def _examples(report: TaskReport) -> list[Picture]:
-    names = short_names([one.model for one in report.answered])
+def shown_examples(pairs: Sequence[HeldOut]) -> list[int]:
+    """Which of `pairs` a page shows: the first of each task, so that nobody chose them by their answers."""
     shown: dict[str, int] = {}
-    pictures = []
-    for n, pair in enumerate(report.pairs):
+    found = []
+    for n, pair in enumerate(pairs):
         shown[pair.task] = shown.get(pair.task, 0) + 1
         if shown[pair.task] <= SHOWN_A_TASK:
-            said = {name: one.texts[n] for name, one in zip(names, report.answered, strict=True)}
-            pictures.append(
-                Picture(pair.task, _png(pair.image), {"question": pair.question, "chosen": pair.chosen, **said})
-            )
-    return pictures
+            found.append(n)
+    return found
+
+
+def examples_section(pairs: Sequence[HeldOut], texts: Mapping[str, Sequence[str]], note: str = "") -> Section:
+    """What models said, beside one another. `texts`: answers to `pairs`, by model, which is neither `question` nor `chosen`."""
+    pictures = []
+    for n in shown_examples(pairs):
+        pair, said = pairs[n], {model: answers[n] for model, answers in texts.items()}
+        right = {model: is_right(text, pair.label) for model, text in said.items()}
+        told = {"question": pair.question, "chosen": pair.chosen, **said}
+        pictures.append(Picture(pair.task, _png(pair.image), told, right=right))
+    lead = f"The first {SHOWN_A_TASK} questions of each task. Right is an answer that holds the right label."
+    return Section("Examples", [Pictures(pictures)], lead, note)
 
 
 def _png(image: bytes) -> bytes:

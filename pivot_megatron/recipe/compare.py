@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +19,12 @@ from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
+from pivot_megatron.recipe.answers_page import examples_section
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, figures_of, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
-from pivot_megatron.recipe.held_out import read_held_out
-from pivot_megatron.recipe.run_facts import environment_facts, run_told
+from pivot_megatron.recipe.comparison_runs import examples_told, runs_section, training_sections
+from pivot_megatron.recipe.held_out import HeldOut, read_held_out
+from pivot_megatron.recipe.run_facts import environment_facts, run_settings, run_told
 from pivot_megatron.recipe.run_once import StoppedError, export_once, recorded, run_once, write_run
 from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
 from pivot_megatron.report.facts import together, told
@@ -47,18 +51,16 @@ class CompareSettings:
 
 
 def compare(settings: CompareSettings, processes: int | None, requests: StopRequests) -> bool:
-    """Every run, its export and its probe, each once; the tables on stdout, `compare.json` in `settings.out`. False where a
-    run was asked to stop, which has saved."""
+    """Every run, its export and its probe, each once; the tables on stdout, `compare.json` in `settings.out`. False where it
+    was asked to stop; what is done is kept."""
     configs = variants(settings.files, settings.overrides)
     if len(set(settings.seeds)) < len(settings.seeds) or len(settings.seeds) < 2:
         raise UserError(f"--seeds: expected two or more that differ, found {', '.join(map(str, settings.seeds))}")
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
-    tracking = next(iter(configs.values())).tracking
-    require_trackers(tracking)
-    require_sets(settings.probe)
-    if settings.pairs is not None:
-        read_held_out(settings.pairs)
+    require_trackers(next(iter(configs.values())).tracking)
+    require_sets(settings.probe, settings.out / "features")
+    held_out = [] if settings.pairs is None else read_held_out(settings.pairs)
     _require_counts(settings.counts, configs)
     start = _start(next(iter(configs.values())))
     every = members(configs, settings.seeds, settings.counts, settings.out)
@@ -73,20 +75,50 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
             return False
         export_once(resolve_checkpoint(member.config.out), member.encoder)
     _require_one_start(every)
-    found = []
-    for count in settings.counts:
-        runs = [one for one in every if one.count == count]
-        found.append(_encoders(settings, configs, runs, start))
-        if settings.pairs is not None:
-            found += _models(settings, settings.pairs, configs, runs)
-    facts = {**vars(settings), "probe": vars(settings.probe)}
-    versions = together([environment_facts(member.config.out) for member in every])
-    write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions))
-    page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
-    write_page(page, settings.out / "report.html")
-    track(page.title, tracking, settings.out / "report.html", page, as_text(found), figures_of(found))
+    found: list[Measured] = []
+    texts: dict[float, dict[str, Sequence[str]]] = {}
+    try:
+        for count in settings.counts:
+            runs = [one for one in every if one.count == count]
+            found.append(_encoders(settings, configs, runs, start, requests))
+            if settings.pairs is not None:
+                measured, texts[count or math.inf] = _models(settings, settings.pairs, configs, runs, requests)
+                found += measured
+    except StoppedError:
+        print(
+            "compare: stopped between two models; what was found is kept, and the same command goes on", file=sys.stderr
+        )
+        return False
+    _tell(settings, configs, every, found, held_out, texts[max(texts)] if texts else {})
     print(as_text(found))
     return True
+
+
+def _tell(
+    settings: CompareSettings,
+    configs: Mapping[str, RunConfig],
+    every: Sequence[Member],
+    found: Sequence[Measured],
+    held_out: Sequence[HeldOut],
+    texts: Mapping[str, Sequence[str]],
+) -> None:
+    """The JSON, the page and what trackers are told. `texts`: answers to `held_out`, by model."""
+    facts = {**vars(settings), "probe": vars(settings.probe)}
+    versions = together([environment_facts(member.config.out) for member in every])
+    runs = {member.name: run_settings(member.config) for member in every}
+    more = training_sections(every)
+    if texts:
+        note = f"Of the runs with seed {settings.seeds[0]}, over the most samples."
+        more.insert(0, examples_section(held_out, texts, note))
+    examples = examples_told(held_out, texts) if texts else []
+    json_told = as_json(facts, found, examples=examples, runs=runs, versions=versions)
+    write_atomically(settings.out / "compare.json", json_told)
+    more.append(runs_section(every))
+    page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions, more)
+    written = settings.out / "report.html"
+    write_page(page, written)
+    tracking = next(iter(configs.values())).tracking
+    track(page.title, tracking, written, page, as_text(found), figures_of(found))
 
 
 def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) -> dict[str, str]:
@@ -116,13 +148,18 @@ def _require_one_start(every: Sequence[Member]) -> None:
 
 
 def _encoders(
-    settings: CompareSettings, configs: Mapping[str, RunConfig], runs: Sequence[Member], start: Path
+    settings: CompareSettings,
+    configs: Mapping[str, RunConfig],
+    runs: Sequence[Member],
+    start: Path,
+    requests: StopRequests,
 ) -> Measured:
     """Of one count, the share of the probe's draws that had each test image right. One seed's encoders are probed on the same
     draws, and each seed has draws of its own, so that the intervals are for other draws, too."""
     layer = next(iter(configs.values())).model.encoder.feature_layer
     rows: dict[str, list[np.ndarray]] = {START: [], **{name: [] for name in configs}}
     for n, seed in enumerate(settings.seeds):
+        _require_going(requests)
         probe = replace(settings.probe, seed=settings.probe.seed + n * settings.probe.draws, feature_layer=layer)
         encoders = {run.variant: run.encoder for run in runs if run.seed == seed}
         report = probe_encoders(
@@ -134,19 +171,26 @@ def _encoders(
 
 
 def _models(
-    settings: CompareSettings, pairs: Path, configs: Mapping[str, RunConfig], runs: Sequence[Member]
-) -> tuple[Measured, Measured]:
-    """Of one count, which answers are right and which pairs are ranked right. A model's answers are kept beside it, by pairs."""
+    settings: CompareSettings,
+    pairs: Path,
+    configs: Mapping[str, RunConfig],
+    runs: Sequence[Member],
+    requests: StopRequests,
+) -> tuple[list[Measured], dict[str, Sequence[str]]]:
+    """Of one count, which answers are right and which pairs are ranked right; and the answers of the first seed's models, by
+    variant. A model's answers are kept beside it, by pairs."""
     asked = open_shards(pairs).fingerprint[:8]
 
-    def ask(model: Path, folder: Path) -> dict[str, list[float]]:
-        def answered() -> dict[str, list[float]]:
+    def ask(model: Path, folder: Path) -> dict[str, Any]:
+        def answered() -> dict[str, Any]:
+            _require_going(requests)
             report = ask_models([model], TaskSettings(pairs))
             scores = {"answers": report.answers(), "pairs": report.preferences()}
-            return {measure: found[0].values[0].tolist() for measure, found in scores.items()}
+            right = {measure: found[0].values[0].tolist() for measure, found in scores.items()}
+            return {**right, "texts": report.answered[0].texts}
 
-        found: dict[str, list[float]] = recorded(
-            folder / f"answers-{asked}-{facts_of(resolve_checkpoint(model))['id'][:8]}.json", answered
+        found: dict[str, Any] = recorded(
+            folder / f"answered-{asked}-{facts_of(resolve_checkpoint(model))['id'][:8]}.json", answered
         )
         return found
 
@@ -162,7 +206,15 @@ def _models(
             rows.setdefault(run.variant, []).append(np.array(answers[run.name][name]))
         return _measured(runs, f"{name} right", rows)
 
-    return measure("answers"), measure("pairs")
+    texts = {START: begun["texts"]} if begun is not None else {}
+    texts |= {run.variant: answers[run.name]["texts"] for run in runs if run.seed == settings.seeds[0]}
+    return [measure("answers"), measure("pairs")], texts
+
+
+def _require_going(requests: StopRequests) -> None:
+    """Raises StoppedError where the command was asked to stop."""
+    if requests.signal is not None:
+        raise StoppedError
 
 
 def _measured(runs: Sequence[Member], measure: str, rows: Mapping[str, Sequence[np.ndarray]]) -> Measured:

@@ -20,15 +20,19 @@ _COVERED = "Intervals are for other seeds and other test samples alike; a single
 
 
 def comparison_page(
-    measured: Sequence[Measured], seeds: Sequence[int], settings: Mapping[str, str], versions: Mapping[str, str]
+    measured: Sequence[Measured],
+    seeds: Sequence[int],
+    settings: Mapping[str, str],
+    versions: Mapping[str, str],
+    more: Sequence[Section] = (),
 ) -> Page:
-    """A few sections for each measure, in order of appearance."""
+    """A few sections for each measure, in order of appearance, and what else there is to see of the runs."""
     first, *others = (score.encoder for score in measured[0].variants)
     sections: list[Section] = []
     for measure in dict.fromkeys(one.measure for one in measured):
         sections += _sections([one for one in measured if one.measure == measure], seeds)
     title = f"{first} against {', '.join(others)}"
-    return Page(title, verdicts_told(_changes(measured).rows, first), sections, settings, versions)
+    return Page(title, verdicts_told(_changes(measured).rows, first), [*sections, *more], settings, versions)
 
 
 def _sections(measured: Sequence[Measured], seeds: Sequence[int]) -> list[Section]:

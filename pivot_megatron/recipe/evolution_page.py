@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from pivot_megatron.probe.classes import CLASSIFIERS
 from pivot_megatron.probe.score_sections import DIFFERENCES, NOT_ADJUSTED
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, table_rows
 from pivot_megatron.recipe.phase_runs import Phase
-from pivot_megatron.recipe.run_facts import curves, environment_facts, run_told
+from pivot_megatron.recipe.run_facts import curves, environment_facts, run_told, settings_section
 from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.intervals import Line, Row, change_row, interval_table
@@ -24,10 +25,11 @@ def evolution_page(schedule: Schedule, phases: Sequence[Phase], results: Sequenc
     runs = {phase.name: phase.config.out for phase in phases if phase.name in judged}
     slots = colours([phase.name for phase in phases])
     rows = table_rows(results)
-    sections = [*_accuracy(results, slots), Section("Phases", [Table(rows, (0, 1, 2, len(rows[0]) - 1))])]
+    sections = [*_accuracy(schedule, results, slots), Section("Phases", [Table(rows, (0, 1, 2, len(rows[0]) - 1))])]
     panels = run_panels(curves(runs), slots, _CURVES)
     lead = "Over the optimizer step; beside a metric's name its first and its last value. A faint line is the metric as it was "
     sections.append(Section("Training", [Charts(panels)], f"{lead}logged, the strong one its moving mean."))
+    sections.append(settings_section({phase.name: [phase.config] for phase in phases}))
     versions = together([environment_facts(run) for run in runs.values()])
     return Page(f"Evolution: {schedule.name}", _lead(phases, results), sections, _settings(schedule, phases), versions)
 
@@ -49,9 +51,9 @@ def _lead(phases: Sequence[Phase], results: Sequence[PhaseResult]) -> str:
     )
 
 
-def _accuracy(results: Sequence[PhaseResult], slots: dict[str, int]) -> list[Section]:
+def _accuracy(schedule: Schedule, results: Sequence[PhaseResult], slots: dict[str, int]) -> list[Section]:
     found = _probed(results)
-    if not found:
+    if not found or schedule.probe is None:
         return []
     rows = [
         Row("", name, slots[name], 100 * one.accuracy, 100 * one.interval.low, 100 * one.interval.high)
@@ -64,7 +66,8 @@ def _accuracy(results: Sequence[PhaseResult], slots: dict[str, int]) -> list[Sec
         for name, one in found
     ]
     lead = (
-        "A linear probe of the encoder as each phase left it. Phases that left it as it was, bit for bit, have no row."
+        f"A linear probe of the encoder as each phase left it, by {CLASSIFIERS[schedule.probe.classifier]}. Phases that left it "
+        "as it was, bit for bit, have no row."
     )
     return [
         Section("Accuracy", [Forest(interval_table(rows, [], lines={"": start}), "phase", "accuracy, %")], lead),

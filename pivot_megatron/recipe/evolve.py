@@ -21,6 +21,7 @@ from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table, figures
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
+from pivot_megatron.recipe.run_facts import run_settings
 from pivot_megatron.recipe.run_once import (
     StoppedError,
     apart,
@@ -55,7 +56,7 @@ class Evolution:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
         one before it is not finished, and where there is a run to make and the probe's images do not go together."""
         if self.schedule.probe is not None and not all(finished(phase.config) for phase in self.phases):
-            require_sets(_settings(self.schedule))
+            require_sets(_settings(self.schedule), self.schedule.out / "features")
         if self.schedule.projector.checkpoint is not None:
             resolve_checkpoint(self.schedule.projector.checkpoint)
         for earlier, phase in pairwise(self.phases):
@@ -123,7 +124,8 @@ class Evolution:
 
     def _tell(self, results: Sequence[PhaseResult]) -> None:
         page = evolution_page(self.schedule, self.phases, results)
-        told = as_json(self.schedule.name, results, settings=page.settings, versions=page.versions)
+        runs = {phase.name: run_settings(phase.config) for phase in self.phases}
+        told = as_json(self.schedule.name, results, settings=page.settings, runs=runs, versions=page.versions)
         write_atomically(self.schedule.out / "evolution.json", told)
         written = self.schedule.out / "report.html"
         write_page(page, written)
@@ -201,9 +203,7 @@ def _settings(schedule: Schedule) -> LinearSettings:
     probe, layer = schedule.probe, schedule.encoder.feature_layer
     if probe is None:
         raise ValueError("the schedule has no probe")
-    return LinearSettings(
-        probe.train, probe.test, probe.per_class, probe.draws, probe.seed, feature_layer=layer, batch=probe.batch
-    )
+    return LinearSettings(**vars(probe), feature_layer=layer)
 
 
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:

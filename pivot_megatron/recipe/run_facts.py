@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pivot_megatron.config.schema import Dpo, RunConfig
-from pivot_megatron.report.facts import flat
+from pivot_megatron.report.facts import flat, together
+from pivot_megatron.report.page import Fold, Section, Table
 from pivot_megatron.report.panels import Curve
 from pivot_megatron.train.run_folder import read_metrics
 
@@ -41,6 +44,35 @@ def curves(runs: Mapping[str, Path]) -> dict[str, dict[str, Curve]]:
 def environment_facts(run: Path) -> dict[str, str]:
     """What a run recorded of the machine it trained on."""
     return flat(json.loads((run / "environment.json").read_text()))
+
+
+def run_settings(config: RunConfig) -> dict[str, Any]:
+    """Every key of a resolved config, dotted, with its value as JSON has it; its name and folder are none."""
+    return _flat({name: value for name, value in asdict(config).items() if name not in ("name", "out")}, "")
+
+
+def _flat(node: Any, path: str) -> dict[str, Any]:
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node)) or []
+    if not isinstance(node, Mapping) or not node:
+        return {path: str(node) if isinstance(node, Path) else node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= _flat(value, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def settings_section(runs: Mapping[str, Sequence[RunConfig]]) -> Section:
+    """A folded table of `run_settings`, a column each of `runs`; of several configs of one, all values that they have."""
+    columns = {name: together([_texts(run_settings(one)) for one in configs]) for name, configs in runs.items()}
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
+    table = Table([["key", *columns], *rows], range(len(columns) + 1))
+    return Section("Settings of the runs", [Fold(f"{len(rows)} keys", [table])], "Every key of each run's config.")
+
+
+def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
 
 
 def run_told(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from pivot_megatron.train.run_folder import finished_path, write_atomically
 
 
 class StoppedError(Exception):
-    """A run was asked to stop, and has saved."""
+    """A run, or what is done with several, was asked to stop; what it has done is kept."""
 
 
 def begun(config: RunConfig) -> bool:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pivot_megatron.config.explain import explain
 from pivot_megatron.config.load import ConfigErrors, overridden, read_tree
 from pivot_megatron.config.schema import Component, Encoder, Projector, Strict
+from pivot_megatron.probe.classes import Classifier
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("features", "wandb", "tensorboard")
@@ -34,6 +35,7 @@ class LinearProbe(Strict):
     draws: int = 3
     seed: int = 777
     batch: int = 64
+    classifier: Classifier = "logistic"
 
 
 @dataclass(frozen=True)

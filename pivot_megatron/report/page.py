@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -46,12 +46,14 @@ class Charts:
 
 @dataclass(frozen=True)
 class Picture:
-    """`png`: the file's bytes. `told`: what stands below it, by name; `table`: below that."""
+    """`png`: the file's bytes. `told`: what stands below it, by name; `table`: below that. `right`: of what is told, by name,
+    what is marked as right or as wrong."""
 
     name: str
     png: bytes
     told: Mapping[str, str]
     table: Table | None = None
+    right: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -64,7 +66,16 @@ class Pictures:
     kind: ClassVar = "pictures"
 
 
-Part = Table | Forest | Charts | Pictures
+@dataclass(frozen=True)
+class Fold:
+    """Parts that a reader opens by `title`."""
+
+    title: str
+    parts: Sequence[Table | Forest | Charts | Pictures]
+    kind: ClassVar = "fold"
+
+
+Part = Table | Forest | Charts | Pictures | Fold
 
 
 @dataclass(frozen=True)

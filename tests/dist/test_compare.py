@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,17 @@ def test_the_command(
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
     page = whole_page(tmp_path / "out" / "report.html")
     assert f"{100 * dpo['mean']:.2f}" in page.text and "learning rate 0.01" in page.text and "torch" in page.text
+    whole = json.loads((tmp_path / "out" / "compare.json").read_text())
+    steps = read_metrics(tmp_path / "out" / "all" / "dpo" / "seed-2" / "run")
+    told = f"seed 2 {steps[0]['loss']:.4g} \u2192 {steps[-1]['loss']:.4g}"
+    assert "dpo-sft: loss seed 1 " in page.text and "dpo: reward_margin seed 1 " in page.text and told in page.text
+    assert whole["runs"]["dpo seed 2"]["optimizer.weight_decay"] == 0.0 and whole["runs"]["dpo seed 2"]["seed"] == 2
+    assert "parameters [] []" in page.text and "seed 1 / 2 1 / 2" in page.text
+    one = whole["examples"][0]
+    marks = [f"{name} {said['text']} {'right' if said['right'] else 'wrong'}" for name, said in one["answers"].items()]
+    shown = " ".join(" ".join(["chosen", one["chosen"], *marks]).split())
+    assert list(one["answers"]) == ["dpo", "dpo-sft"] and shown in page.text
+    assert len(page.addresses) == len(whole["examples"]) > 0
     keys = [
         [line["keys"] for line in read_metrics(tmp_path / "out" / "all" / name / seed / "run")]
         for seed in ("seed-1", "seed-2")
@@ -104,7 +118,7 @@ def test_the_command(
     assert main([*words[:set_there], "tracking.tensorboard=true", *words[set_there:]]) == 0
     assert fake.calls[0][1]["all_samples/encoder_s_accuracy/dpo"] == dpo["mean"]
     monkeypatch.setattr(compare, "require_trackers", require_trackers)
-    answers_files = list((tmp_path / "out").rglob("answers-*.json"))
+    answers_files = list((tmp_path / "out").rglob("answered-*.json"))
     assert len(answers_files) == 4 and main(words) == 0 and len(launcher.runs) == 4
     assert main([*words, "--set", "optimizer.learning_rate=1e-3"]) == 2
     assert "dpo seed 1: optimizer: begun with" in capsys.readouterr().err
@@ -112,6 +126,49 @@ def test_the_command(
     assert "--samples: expected at most the 40 that" in capsys.readouterr().err
     assert main([*words, "--samples", "8", "8"]) == 2 and "that differ, found 8, 8" in capsys.readouterr().err
     assert main([*words, "--seeds", "3"]) == 2 and "--seeds: expected two or more" in capsys.readouterr().err
+
+
+def test_it_stops_between_models_and_goes_on(
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Asked while the first seed is probed, and again while the second model answers."""
+    monkeypatch.setattr(run_once, "launch", launcher := Launcher(workers))
+    write_pairs(tmp_path / "held_out", 3, seed=4, image_size=48, progress=False)
+    words = ["compare", str(write_run(world, tmp_path, "dpo")), "--seeds", "1", "2", "--out", str(tmp_path / "out")]
+    words += ["--train", str(world / "train"), "--test", str(world / "test"), "--per-class", "8", "--draws", "1"]
+    words += ["--classifier", "prototypes", "--pairs", str(tmp_path / "held_out")]
+    done: list[str] = []
+    stop_after = {"probe_encoders": 1}
+
+    def watched(name: str) -> None:
+        work = getattr(compare, name)
+
+        def working(*given: Any) -> Any:
+            found = work(*given)
+            done.append(name)
+            if stop_after.get(name) == done.count(name):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # a thread hears it
+            return found
+
+        monkeypatch.setattr(compare, name, working)
+
+    for name in ("probe_encoders", "ask_models"):
+        watched(name)
+    assert main(words) == 0 and "compare: stopped between two models" in capsys.readouterr().err
+    assert done == ["probe_encoders"] and len(launcher.runs) == 4
+    done.clear(), stop_after.clear()
+    stop_after["ask_models"] = 2
+    assert main(words) == 0 and "compare: stopped between two models" in capsys.readouterr().err
+    assert done == ["probe_encoders"] * 2 + ["ask_models"] * 2 and not (tmp_path / "out" / "compare.json").exists()
+    done.clear(), stop_after.clear()
+    assert main(words) == 0 and done == ["probe_encoders"] * 2 + ["ask_models"] * 2  # what was asked before is kept
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["settings"]["probe"]["classifier"] == "prototypes" and len(launcher.runs) == 4
 
 
 def test_what_is_inside_the_noise_is_called_so() -> None:

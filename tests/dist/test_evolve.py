@@ -22,6 +22,7 @@ from pivot_megatron.config.schema import Layout, Tracking
 from pivot_megatron.convert.tiny_checkpoints import make_head
 from pivot_megatron.data.build import load_tokenizer
 from pivot_megatron.errors import RuleError
+from pivot_megatron.probe import linear
 from pivot_megatron.probe.interval import Interval
 from pivot_megatron.recipe import evolve, run_once
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
@@ -188,6 +189,11 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     judged = list((out / "dpo").glob("judged-*.json"))
     assert main(["evolve", str(file), "probe.per_class=6"]) == 0
     assert len(launcher.runs) == 3 and len(list((out / "dpo").glob("judged-*.json"))) == len(judged) + 1
+    monkeypatch.setattr(linear, "LogisticRegression", lambda **_: pytest.fail("fitted"))
+    assert main(["evolve", str(file), "probe.classifier=prototypes"]) == 0
+    probed = json.loads((out / "evolution.json").read_text())["phases"][-1]["probed"]
+    assert probed["difference_interval"]["low"] < probed["difference"] < probed["difference_interval"]["high"]
+    assert "by the nearest class mean" in whole_page(out / "report.html").text
 
 
 @pytest.mark.parametrize(

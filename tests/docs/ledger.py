@@ -131,9 +131,11 @@ RUNS = (
     Run("pivot convert export runs/2_dpo --part mllm --out exports/mllm"),
     Run("pivot convert export runs/2_dpo --part encoder --out exports/encoder"),
     Run("pivot convert export runs/3b_reassemble_tune --part mllm --out exports/pivot"),
-    Run("pivot probe vqa results/exports__base results/exports__sft results/exports__pivot --markdown"),
     Run(
-        "pivot probe linear ENCODER --train DIR --test DIR --per-class 50 --draws 3 --projected",
+        "pivot probe vqa results/exports__base results/exports__sft results/exports__pivot --markdown --out runs/probe-vqa"
+    ),
+    Run(
+        "pivot probe linear ENCODER --train DIR --test DIR --per-class 50 --draws 3 --projected --classifier logistic",
         FEW,
         {"ENCODER": "runs/2_dpo", "DIR": "imagenet/train", "--test DIR": "--test imagenet/val"},
     ),

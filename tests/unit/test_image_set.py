@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.probe import stored
 from pivot_megatron.probe.image_set import ImageSet
 
 
@@ -60,6 +61,29 @@ def test_tars_of_a_pattern(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x2: expected one image a key, found another in x2\.png"):
         tar(tmp_path / "imagenet1k-validation-00.tar", {"x2.jpg": b"two", "x2.png": b"three", "x2.cls": b"0"})
         ImageSet.opened(tmp_path / "imagenet1k-val*.tar")
+
+
+def test_a_tar_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where it is another."""
+    listed: list[Path] = []
+    opened = tarfile.open
+    monkeypatch.setattr(stored.tarfile, "open", lambda path, *rest: listed.append(path) or opened(path, *rest))
+    (tmp_path / "tars").mkdir()
+    one, two = (
+        tar(tmp_path / "tars" / name, {"\u00e9.jpg": b"one", "\u00e9.cls": b"7 "}) for name in ("a.tar", "b.tar")
+    )
+    empty = tar(tmp_path / "tars" / "c.tar", {"notes.txt": b"none"})
+    listed.clear()
+    found, again = (ImageSet.opened(tmp_path / "tars", tmp_path / "kept") for _ in range(2))
+    assert listed == [one, two, empty]
+    assert again.names == found.names == (f"{one}: \u00e9", f"{two}: \u00e9") and again.fingerprint == found.fingerprint
+    assert again.classes == ("7",) and again.read(1) == b"one"
+    tar(two, {"x.jpg": b"other", "x.cls": b"7"})
+    os.utime(two, ns=(1, 1))
+    listed.clear()
+    assert ImageSet.opened(tmp_path / "tars", tmp_path / "kept").names[1] == f"{two}: x" and listed == [two]
+    ImageSet.opened(tmp_path / "tars")
+    assert listed[1:] == [one, two, empty]  # without a folder to keep it in
 
 
 def test_an_image_written_again_is_another(tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe import linear
 from pivot_megatron.probe.digits import digits
 from pivot_megatron.probe.interval import crossed_change, crossed_mean, difference, mean_interval, wilson
-from pivot_megatron.probe.linear import C_GRID, ProbeResult, few_a_class, linear_probe, prototype_accuracy
+from pivot_megatron.probe.linear import (
+    C_GRID,
+    ProbeResult,
+    few_a_class,
+    linear_probe,
+    prototype_accuracy,
+    prototype_right,
+)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +120,20 @@ def test_prototypes_are_the_nearest_class_means() -> None:
     assert (np.argmax(test @ means.T, axis=1) == labels).mean() == pytest.approx(2 / 3)
 
 
+def test_prototypes_are_scikit_learns_nearest_centroids() -> None:
+    """Sample by sample, where centroids are brought to length 1: of vectors of that length nearest is of the highest cosine."""
+    draw = np.random.default_rng(0)
+    labels = draw.permutation(np.repeat([2, 5, 7, 9], 30))
+    features = (0.4 * np.eye(10)[labels] + draw.normal(0, 0.3, (120, 10))).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    train, test = slice(0, 60), slice(60, 120)
+    found = prototype_right(features[train], labels[train], features[test], labels[test])
+    reference = NearestCentroid().fit(features[train], labels[train])
+    reference.centroids_ /= np.linalg.norm(reference.centroids_, axis=1, keepdims=True)
+    np.testing.assert_array_equal(found, reference.predict(features[test]) == labels[test])
+    assert 0.4 < found.mean() < 0.95
+
+
 def test_a_draw_takes_as_many_of_each_class() -> None:
     labels = np.array([2, 0, 1] * 20)
     draw = few_a_class(labels, 5, seed=1)
@@ -146,6 +167,32 @@ def test_a_crossed_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
         draws_alone += 0.0 in mean_interval(values.mean(axis=1).tolist())
     assert 0.935 < crossed / trials < 0.985
     assert draws_alone / trials < 0.93
+
+
+@pytest.mark.parametrize(
+    ("draws", "between_draws", "between_samples", "low", "high"),
+    # Variances of effects as shares of the mean's that the residual has: none, as much, and much more.
+    [
+        (3, 0.0, 0.0, 0.975, 0.995),
+        (5, 0.0, 0.0, 0.98, 0.998),
+        (3, 1.0, 0.0, 0.95, 0.98),
+        (3, 10.0, 0.0, 0.915, 0.945),
+        (5, 10.0, 0.0, 0.935, 0.962),
+        (3, 0.0, 10.0, 0.945, 0.97),
+        (2, 10.0, 0.0, 0.86, 0.9),
+    ],
+)
+def test_how_often_a_crossed_interval_holds_the_truth(
+    draws: int, between_draws: float, between_samples: float, low: float, high: float
+) -> None:
+    """As the page of the probes has it: more often than it says where the residual is all there is, less where there are two
+    draws and they are all."""
+    rng, samples, held, trials = np.random.default_rng(0), 60, 0, 2000
+    for _ in range(trials):
+        rows = rng.normal(0, (between_draws / samples) ** 0.5, (draws, 1))
+        columns = rng.normal(0, (between_samples / draws) ** 0.5, (1, samples))
+        held += 0.0 in crossed_mean(rows + columns + rng.normal(0, 1, (draws, samples)))[1]
+    assert low < held / trials < high
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pivot_megatron.config.load import decoded
 from pivot_megatron.config.schema import Encoder
 from pivot_megatron.data.sample import Pair
 from pivot_megatron.probe.align import AlignmentReport, AlignmentSettings
@@ -26,10 +29,14 @@ from pivot_megatron.probe.patch_grid import Box, PatchGrid
 from pivot_megatron.probe.questions import Question
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import evolution_page as evolution
+from pivot_megatron.recipe import run_facts
+from pivot_megatron.recipe.answers_page import SHOWN_A_TASK, examples_section
 from pivot_megatron.recipe.comparison import Measured, as_json
 from pivot_megatron.recipe.comparison_page import comparison_page
+from pivot_megatron.recipe.comparison_runs import examples_told
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
-from pivot_megatron.recipe.schedule import PhaseSpec, Schedule
+from pivot_megatron.recipe.held_out import HeldOut
+from pivot_megatron.recipe.schedule import LinearProbe, PhaseSpec, Schedule
 from pivot_megatron.report.charts import Series, line_chart
 from pivot_megatron.report.facts import short_names, together, told
 from pivot_megatron.report.interval_chart import IntervalLine, Titles, interval_chart
@@ -43,9 +50,10 @@ from pivot_megatron.report.intervals import (
     verdict,
     verdicts_told,
 )
-from pivot_megatron.report.page import Page, write_page
+from pivot_megatron.report.page import Fold, Page, Table, write_page
 from tests.html_page import Page as Parsed
 from tests.html_page import whole_page
+from tests.unit.test_config import VALID
 
 VERSIONS = {"torch": "2.13.0+cpu"}
 ODD = 'runs/<b>&"x"</b>'
@@ -158,6 +166,7 @@ def test_gradcams_page_of_one_box_none_and_many(tmp_path: Path) -> None:
 def evolved(folder: Path, monkeypatch: pytest.MonkeyPatch, *results: PhaseResult) -> Page:
     """Of runs with two steps each. How a run trains is told as its folder's name."""
     monkeypatch.setattr(evolution, "run_told", lambda config: f"told of {config.out.name}")
+    monkeypatch.setattr(run_facts, "run_settings", lambda config: {"seed": 1, "data.shards.0.folder": config.out.name})
     phases = []
     for n, result in enumerate(results):
         run = folder / f"run-{n}"
@@ -168,7 +177,8 @@ def evolved(folder: Path, monkeypatch: pytest.MonkeyPatch, *results: PhaseResult
         (run / "environment.json").write_text(json.dumps({"git": f"commit{n}", "packages": {"torch": "2.13.0+cpu"}}))
         phases.append(SimpleNamespace(name=result.name, config=SimpleNamespace(out=run)))
     specs = tuple(PhaseSpec(name=result.name, run={}) for result in results)
-    schedule = Schedule(name="<b>growth</b>", out=folder, encoder=Encoder(hf=Path("base")), phases=specs)
+    probe = LinearProbe(train=Path("train"), test=Path("test"))
+    schedule = Schedule(name="<b>growth</b>", out=folder, encoder=Encoder(hf=Path("base")), phases=specs, probe=probe)
     return evolution.evolution_page(schedule, phases, results)  # type: ignore[arg-type]
 
 
@@ -184,7 +194,11 @@ MOVED = Probed(0.71, Interval(0.66, 0.76), 0.01, Interval(-0.02, 0.04))
 def test_an_evolutions_page_has_each_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [phase("<b>", "sft", LEARNT), phase("align", "sft", None), phase("dpo", "dpo", MOVED)]
     page = parsed(evolved(tmp_path, monkeypatch, *results), tmp_path)
-    assert page.words.count("<b>") == 4  # accuracy, difference, table, curve
+    assert page.words.count("<b>") == 5  # accuracy, difference, table, curve, settings
+    assert (
+        "2 keys key <b> align dpo seed 1 1 1 data.shards.0.folder run-0 run-1 run-2" in page.text
+        and "details" in page.tags
+    )
     assert "70.00 65.00 to 75.00" in page.text and "71.00 66.00 to 76.00" in page.text
     assert "+10.00 +6.00 to +14.00 higher" in page.text
     assert f"+1.00 \u22122.00 to +4.00 {INSIDE}" in page.text
@@ -192,12 +206,45 @@ def test_an_evolutions_page_has_each_phase(tmp_path: Path, monkeypatch: pytest.M
     assert "the encoder as it began: 60.00" in page.text and "encoder as it was, bit for bit" in page.text
     assert page.text.count("1.5 \u2192 0.75") == 3 and page.text.count("0.0625 \u2192 0.0625") == 1
     assert "commit0 / commit1 / commit2" in page.text and page.text.count("2.13.0+cpu") == 1
-    assert "phase dpo told of run-2" in page.text
+    assert "phase dpo told of run-2" in page.text and "each phase left it, by logistic regression." in page.text
 
 
 def test_an_evolution_without_a_probe_has_curves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = parsed(evolved(tmp_path, monkeypatch, phase("align", "sft", None)), tmp_path)
     assert "No encoder was probed." in page.text and "Accuracy" not in page.text and "1.5 \u2192 0.75" in page.text
+
+
+def test_a_runs_settings_are_all_there_is_to_decide() -> None:
+    """What `run_told` leaves out with it: data and how much of them, frozen rules, decay, clipping, seed."""
+    tree = VALID | {"data": {"shards": [{"folder": "mmpr", "most": 500}, "other"]}}
+    config = decoded(tree | {"optimizer": {"learning_rate": 1e-6, "weight_decay": 0.25}}, "x")
+    found = run_facts.run_settings(config)
+    wanted = {"data.shards.0.folder": "mmpr", "data.shards.0.most": 500, "data.shards.1.most": None, "seed": 777}
+    wanted |= {"parameters.0.match": "encoder.*", "parameters.0.rate": "frozen", "optimizer.weight_decay": 0.25}
+    wanted |= {"optimizer.clip_gradient": 1.0, "objective.losses.sigmoid": 1, "model.encoder.hf": "e"}
+    assert wanted.items() <= found.items() and not {"name", "out"} & found.keys()
+    assert json.loads(json.dumps(found)) == found
+    (fold,) = run_facts.settings_section({"<b>": [config, replace(config, seed=778)]}).parts
+    assert isinstance(fold, Fold) and isinstance(fold.parts[0], Table)
+    rows = dict(fold.parts[0].rows)
+    assert rows["seed"] == "777 / 778" and rows["data.shards.1.most"] == "null" and rows["key"] == "<b>"
+
+
+def test_answers_stand_beside_one_another_marked(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "PNG")
+    pairs = [HeldOut("scene", file.getvalue(), f"what {n}?", "It is red.", "It is not.", "red") for n in range(5)]
+    texts = {"start": ["a <b>blue</b> one"] * 5, "dpo": ["red"] * 5}
+    section = examples_section(pairs, texts)
+    page = parsed(Page("t", "l", [section], {}, {}), tmp_path)
+    shown = "question what 2? chosen It is red. start a <b>blue</b> one wrong dpo red right"
+    assert shown in page.text and "what 3?" not in page.text and len(page.addresses) == SHOWN_A_TASK == 3
+    told = examples_told(pairs, texts)
+    assert [one["question"] for one in told] == ["what 0?", "what 1?", "what 2?"]
+    assert (
+        told[0]["answers"]["start"] == {"text": "a <b>blue</b> one", "right": False}
+        and told[0]["answers"]["dpo"]["right"]
+    )
 
 
 def compared(count: int | None, measure: str = "encoder's accuracy") -> Measured:

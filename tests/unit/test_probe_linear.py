@@ -81,6 +81,38 @@ def test_an_encoder_does_not_differ_from_itself(
     assert len(fits) == 3 * 2 * len(linear.C_GRID)  # and its fits
 
 
+def test_prototypes_fit_nothing_and_are_scores_as_any(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(tmp_path / "train", 4, 1, True), write_set(tmp_path / "test", 20, 2, True)
+    _, logistic, _ = run(tmp_path, capsys, *encoders, "--per-class", 3, "--json")  # too few to hold some out
+    monkeypatch.setattr(linear, "LogisticRegression", lambda **_: pytest.fail("fitted"))
+    code, out, _ = run(tmp_path, capsys, *encoders, "--per-class", 3, "--classifier", "prototypes", "--json")
+    found = json.loads(out)
+    assert not logistic and code == 0 and found["settings"]["classifier"] == "prototypes"
+    for score in found["scores"]:
+        assert (
+            score["mean"] == pytest.approx(np.mean([draw["accuracy"] for draw in score["draws"]]))
+            and score["mean"] > 0.9
+        )
+        assert score["interval"]["low"] < score["mean"] and len(score["draws"]) == 3
+    (change,) = found["against_the_first"]
+    assert change["difference"] == pytest.approx(found["scores"][1]["mean"] - found["scores"][0]["mean"])
+    assert change["interval"]["low"] < change["difference"] < change["interval"]["high"]
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert "read by the nearest class mean from" in page.text and "C is chosen" not in page.text
+
+
+def test_a_prototypes_column_is_that_classifiers_mean(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "train", 8, 1, False), write_set(tmp_path / "test", 20, 2, False)
+    (one,) = json.loads(run(tmp_path, capsys, encoders[0], "--per-class", 6, "--json")[1])["scores"]
+    words = (encoders[0], "--per-class", 6, "--json", "--classifier", "prototypes")
+    (same,) = json.loads(run(tmp_path, capsys, *words)[1])["scores"]
+    assert one["prototypes"] == [draw["accuracy"] for draw in same["draws"]]
+
+
 def test_differences_are_taken_value_by_value() -> None:
     def score(name: str, values: list[float]) -> Score:
         return Score(name, np.array([values]), {}, {})

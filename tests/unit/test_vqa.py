@@ -18,6 +18,9 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe.benchmarks import read_suite
 from pivot_megatron.probe.vqa import change
 from pivot_megatron.probe.vqa_results import Result, read_model
+from pivot_megatron.train import tracking
+from tests.html_page import whole_page
+from tests.trackers import Fake
 
 ROOT = Path(__file__).parents[2]
 # As lmms-eval 0.7.3 writes them: every metric of a task with its standard errors, those that it does not take as text.
@@ -91,6 +94,12 @@ def with_metric(task: str, key: str, value: Any) -> dict[str, Any]:
     return tasks
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes into `runs/` by default goes nowhere else."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = main(["probe", "vqa", *map(str, arguments)])
     captured = capsys.readouterr()
@@ -140,6 +149,34 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, base, other, "--markdown")
     assert out.splitlines()[:2] == ["|  | base | pivot | against the first |", "| --- | ---: | ---: | ---: |"]
     assert "| MME-P | 60.00 | 62.00 | +2.00 |" in out.splitlines()
+
+
+def test_the_page_and_the_file_have_what_the_table_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    monkeypatch.setattr(tracking, "_opened", lambda _: [fake])
+    monkeypatch.setattr("pivot_megatron.train.tracking.require_trackers", lambda _: None)
+    base = written(tmp_path / "a_results.json", tree_of("<b>base</b>"))
+    other = written(tmp_path / "b_results.json", tree_of("pivot", with_metric("gqa", "exact_match,none", 0.63)))
+    code, _, _ = run(capsys, base, other, "--out", "told", "--tensorboard")
+    found, page = (
+        json.loads((tmp_path / "told" / "vqa.json").read_text()),
+        whole_page(tmp_path / "told" / "report.html"),
+    )
+    assert code == 0 and found["settings"]["results"] == [str(base), str(other)] and "torch" in found["versions"]
+    half = 1.959963984540054 * 0.4
+    assert f"GQA <b>base</b> 60.00 {60 - half:.2f} to {60 + half:.2f} pivot 63.00" in page.text
+    assert f"+3.00 +{3 - half * 2**0.5:.2f} to +{3 + half * 2**0.5:.2f} higher" in page.text
+    assert "MME-P pivot +0.00 none no interval" in page.text and "SigLIP2-So/16 52.4 54.6 55.6" in page.text
+    assert "Average of the groups: <b>base</b> 51.44 %; pivot 51.62 %." in page.text and "torch" in page.text
+    figures = fake.calls[0][1]
+    assert figures["vqa/GQA/pivot"] == 0.63 and figures["vqa/GQA/pivot_low"] == pytest.approx(0.63 - half / 100)
+    assert figures["vqa/average/pivot"] == pytest.approx(0.5162, abs=1e-4) and "vqa/MME-P/pivot_low" not in figures
+    part = written(tmp_path / "c_results.json", tree_of("part", {"gqa": TASKS["gqa"]}))
+    run(capsys, part, "--out", "told")
+    page = whole_page(tmp_path / "told" / "report.html")
+    assert "part no average, for 15 of 16 benchmarks are missing" in page.text and "MISSING DocVQA of part" in page.text
 
 
 def test_an_interval_takes_two_standard_errors() -> None:

@@ -18,7 +18,7 @@ from pivot_megatron.data.loader import Loader
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture, Stage, build_model
 from pivot_megatron.model.fit import require_fit
-from pivot_megatron.model.flops import Trained, TrainingFlops
+from pivot_megatron.model.flops import SampleWork, Trained, TrainingFlops
 from pivot_megatron.model.specs import require_attention
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.objective.types import Objective
@@ -103,8 +103,7 @@ def described(config: RunConfig, start: Model) -> tuple[Description, Architectur
         config,
         description.llm,
         description.image_views(),
-        arch.encoder,
-        arch.head,
+        SampleWork(arch, Trained.by(rows_by_parameter(arch), config.parameters)),
         branches,
         rank,
         size,

@@ -28,6 +28,7 @@ from pivot_megatron.data.sample import Pair
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.flops import encoder_flops, head_flops, projector_flops
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.model.flops import SampleWork
 from pivot_megatron.runtime.device import available_cores
 
 IMAGE_SIZE = 384
@@ -159,7 +160,7 @@ def _loader(out: Path, backend: str, workers: int) -> Loader:
     config = load_config(path)
     start = describe_start(config.model)
     arch = start.architecture()
-    return build_loader(config, out / "llm", start.image_views(), arch.encoder, arch.head, 2, 0, 1, with_images=True)
+    return build_loader(config, out / "llm", start.image_views(), SampleWork(arch), 2, 0, 1, with_images=True)
 
 
 def _sending() -> float:

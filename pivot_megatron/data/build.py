@@ -12,14 +12,13 @@ from pivot_megatron.config.schema import AnyRes, Data, RunConfig
 from pivot_megatron.data import dali, decoders
 from pivot_megatron.data.decoders import Decoder
 from pivot_megatron.data.images import ImageTransform, PixelSteps, read_processor
-from pivot_megatron.data.loader import Loader
+from pivot_megatron.data.loader import Loader, Work
 from pivot_megatron.data.order import Order, mixed
 from pivot_megatron.data.pair_set import PairSet
-from pivot_megatron.data.tokens import SampleTokenizer, Tokenized, Tokenizer, template_by_name
+from pivot_megatron.data.tokens import SampleTokenizer, Tokenizer, template_by_name
 from pivot_megatron.data.views import ImageViews, Native, Square, Tiled
 from pivot_megatron.errors import RuleError, UserError
-from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
-from pivot_megatron.families.flops import encoder_flops, head_flops
+from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.runtime.fp8 import token_multiple
 
@@ -83,14 +82,16 @@ def build_loader(
     config: RunConfig,
     llm_folder: Path,
     images: ImageViews,
-    encoder: EncoderArchitecture,
-    head: HeadArchitecture,
+    work: Work,
     branches: int,
     rank: int,
     size: int,
     with_images: bool,
 ) -> Loader:
-    """The share of data-parallel `rank` of `size`. Raises UserError if files are missing or do not fit the model."""
+    """The share of data-parallel `rank` of `size`. `work`: what micro-batches are balanced by.
+
+    Raises UserError if files are missing or do not fit the model.
+    """
     batch, fp8 = config.batch, config.precision.fp8_of("llm")
     samples = open_samples(config.data)
     tokenizer = load_tokenizer(llm_folder)
@@ -110,7 +111,7 @@ def build_loader(
         decoder=decoder_of(config.data, images),
         workers=config.data.workers,
         global_size=batch.global_size,
-        flops=partial(sample_flops, encoder=encoder, head=head),
+        work=work,
         micro_tokens=batch.micro_tokens,
         micro_images=batch.micro_images,
         pack_multiple=config.layout.tensor * max(PACK_MULTIPLE, token_multiple(fp8.recipe if fp8 else None)),
@@ -143,12 +144,3 @@ def require_few_bad(bad: int, samples: int, most: float, names: str) -> None:
             f"data.max_bad_share: {bad} of {samples} samples are broken, more than the share {most:g} that may be skipped; "
             f"{names}"
         )
-
-
-def sample_flops(sample: Tokenized, encoder: EncoderArchitecture, head: HeadArchitecture) -> float:
-    """Estimated work of one forward pass over `sample`; backward is in proportion."""
-    answers = sum(sum(branch.loss) for branch in sample.branches)
-    images = sum(
-        encoder_flops(encoder, encoder.layers, rows * columns) for view in sample.views for rows, columns in view.grids
-    )
-    return images + head_flops(head, sample.segments, answers)

@@ -36,10 +36,14 @@ _PARTIAL = ".partial"
 _PARTS = ("json", "image", "rejected")
 _NUMBERS = [f"{part}_{what}" for part in _PARTS for what in ("offset", "size")]
 _SIZES = [f"{part}_{what}" for part in _PARTS[1:] for what in ("width", "height")]
+_NAMES = [f"{part}_name" for part in _PARTS[1:]]
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("shard", pa.int32())]
     + [(name, pa.int64()) for name in _NUMBERS]  # no such member: an offset of -1
     + [(name, pa.int32()) for name in _SIZES]  # pixels; 0 without an image
+    + [
+        (name, pa.int64()) for name in _NAMES
+    ]  # of an image's bytes; 0 without one. Indexes of before have no such columns
     + [("reason", pa.string()), ("detail", pa.string())]  # null where nothing is wrong
 )
 
@@ -56,10 +60,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of `index.parquet`, but for its shard. `sizes`: width and height in pixels of the image and the rejected one."""
+    """A line of `index.parquet`, but for its shard. `sizes`: width and height in pixels of the image and the rejected one;
+    `names`: 64 bits of a digest of each, by which samples over one image are known."""
 
     member: Member
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    names: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class TarIndex:
 @dataclass(frozen=True)
 class Index:
     """`numbers`: `[N]`, each sample's shard. `spans`: `[N, 3, 2]`, offset and size of its json, image and rejected image.
-    `sizes`: `[N, 2, 2]`, width and height of the images. `problems`: of the samples that have one."""
+    `sizes`: `[N, 2, 2]`, width and height of the images. `names`: `[N, 2]`, what images of the same bytes have in common, 0
+    where it is not known. `problems`: of the samples that have one."""
 
     shards: tuple[Shard, ...]
     keys: tuple[str, ...]
@@ -82,6 +89,7 @@ class Index:
     numbers: np.ndarray
     spans: np.ndarray
     sizes: np.ndarray
+    names: np.ndarray
     problems: dict[int, Problem]
 
 
@@ -114,7 +122,13 @@ def _entry(member: Member, file: BinaryIO, decode: bool) -> Entry:
         sizes = [_checked(member.key, one, decode) for one in (image, rejected)]
     except BadSample as bad:
         return Entry(Member(member.key, problem=Problem(bad.reason, shown(bad.detail))))
-    return Entry(member, (sizes[0], sizes[1]))
+    return Entry(member, (sizes[0], sizes[1]), (_name(image), _name(rejected)))
+
+
+def _name(image: bytes | None) -> int:
+    if image is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big", signed=True)
 
 
 def _bytes(key: str, file: BinaryIO, span: Span | None, most: int) -> bytes | None:
@@ -173,6 +187,7 @@ def _rows(parts: Sequence[TarIndex]) -> Iterator[dict[str, object]]:
             for name, span in zip(_PARTS, (member.json, member.image, member.rejected), strict=True):
                 row |= {f"{name}_offset": span.offset if span else -1, f"{name}_size": span.size if span else 0}
             row |= dict(zip(_SIZES, (side for size in entry.sizes for side in size), strict=True))
+            row |= dict(zip(_NAMES, entry.names, strict=True))
             problem = member.problem
             yield row | {"reason": problem and problem.reason, "detail": problem and problem.detail}
 
@@ -250,5 +265,8 @@ def _index(shards: tuple[Shard, ...], table: pa.Table) -> Index:
         numbers=table.column("shard").to_numpy(),
         spans=columns(_NUMBERS, np.int64),
         sizes=columns(_SIZES, np.int32),
+        names=columns(_NAMES, np.int64)[:, 0]
+        if _NAMES[0] in table.column_names
+        else np.zeros((len(table), 2), np.int64),
         problems={int(at): Problem(row["reason"], row["detail"]) for at, row in zip(wrong, rows, strict=True)},
     )

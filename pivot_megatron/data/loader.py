@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ from pivot_megatron.data.images import ImageError
 from pivot_megatron.data.order import Order
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.pair_set import PairSet
-from pivot_megatron.data.plan import Size, plan_micro_batches
+from pivot_megatron.data.plan import Shown, Size, plan_micro_batches
 from pivot_megatron.data.reference import ReferenceFile
 from pivot_megatron.data.sample import BadSample, Pair
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, Tokenized
@@ -41,6 +41,16 @@ class Dropped:
     @classmethod
     def of(cls, index: int, error: BadSample) -> Dropped:
         return cls(index, error.key, error.reason, error.detail, not isinstance(error, DoesNotFit))
+
+
+class Work(Protocol):
+    """Estimates work, in any one unit."""
+
+    def images(self, sequences: Sequence[int]) -> float:
+        """Of images, or tiles, of so many patches each."""
+
+    def text(self, segments: Sequence[tuple[int, int]], answers: int) -> float:
+        """Of segments of (queries, keys) tokens, with logits at `answers` places."""
 
 
 Chosen = tuple[int, Tokenized]
@@ -71,8 +81,8 @@ class StepData:
 @dataclass(frozen=True)
 class Loader:
     """`with_images`: whether this rank's pipeline stage runs the encoder; elsewhere no image is read. `decoder` opens what
-    decodes images; `workers`: whether steps are made ahead, in threads. `flops`: the estimated work of a sample, by which
-    micro-batches are balanced. `reference`: the files of the folders of `samples`, where batches bring their reference
+    decodes images; `workers`: whether steps are made ahead, in threads. `work`: of samples, by which micro-batches
+    are balanced. `reference`: the files of the folders of `samples`, where batches bring their reference
     log-probs.
 
     A sample that does not fit leaves its place in the batch empty, so that neither the order nor any other rank depends on
@@ -88,7 +98,7 @@ class Loader:
     images: ImageViews
     decoder: Callable[[], AbstractContextManager[Decoder]]
     workers: int
-    flops: Callable[[Tokenized], float]
+    work: Work
     global_size: int
     micro_tokens: int
     micro_images: int | None
@@ -137,13 +147,22 @@ class Loader:
                 fitting.append((index, self.tokenized(index)))
             except BadSample as bad:
                 dropped.append(self._left_out(index, bad))
-        sizes = [Size(sample.length, sample.sequences, self.flops(sample)) for _, sample in fitting]
+        sizes = [self._size(*one) for one in fitting]
         limits = (self.micro_tokens, self.micro_images, self.micro_batch_multiple)
         plan = plan_micro_batches(sizes, self.size, *limits)
         share = [[fitting[i] for i in chosen] for chosen in plan[self.rank]]
         batches, kept, bad_ones = self._micro_batches(decode, share)
         told = tuple(dropped) if self.rank == 0 else ()
         return StepData(step, batches, told, digest, len(fitting), kept, bad_ones)
+
+    def _size(self, index: int, sample: Tokenized) -> Size:
+        answers = sum(sum(branch.loss) for branch in sample.branches)
+        images = [
+            Shown(name, len(view.grids), self.work.images([rows * columns for rows, columns in view.grids]))
+            for name, view in zip(self.samples.image_names(index), sample.views, strict=False)
+        ]
+        flops = sum(image.flops for image in images) + self.work.text(sample.segments, answers)
+        return Size(sample.length, sample.sequences, flops, tuple(image for image in images if image.name))
 
     def without(self, data: StepData, indices: Collection[int]) -> StepData:
         """`data` but for these samples."""

@@ -94,3 +94,8 @@ class PairSet:
         """Width and height of a sample's images. Raises BadSample."""
         reader, at = self._locate(index)
         return reader.image_sizes(at)
+
+    def image_names(self, index: int) -> list[int]:
+        """Of a sample's images, what those of the same bytes have in common, 0 where it is not known. Raises BadSample."""
+        reader, at = self._locate(index)
+        return reader.image_names(at)

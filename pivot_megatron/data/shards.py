@@ -120,6 +120,13 @@ class ShardReader:
         self._require_sound(position)
         return [(width, height) for width, height in self._index.sizes[position].tolist() if width]
 
+    def image_names(self, position: int) -> list[int]:
+        """Of a sample's images, what those of the same bytes have in common, 0 where the index does not know. Raises IndexError
+        and BadSample."""
+        self._require_sound(position)
+        sizes, names = self._index.sizes[position].tolist(), self._index.names[position].tolist()
+        return [name for (width, _), name in zip(sizes, names, strict=True) if width]
+
     def _require_sound(self, position: int) -> None:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")

@@ -54,6 +54,18 @@ def image_segments(lengths: Sequence[int], tokens: int, device: torch.device) ->
     return Segments(qkv_format="thd", spans=Spans(tuple((n, n) for n in lengths), ends, ends))
 
 
+def heads_of(config: TransformerConfig, causal: bool, scale: float | None = None) -> Heads:
+    """Of one tensor-parallel rank. `scale` of the scores, where it is not the usual one."""
+    tensor = config.tensor_model_parallel_size
+    return Heads(
+        queries=config.num_attention_heads // tensor,
+        groups=max(1, (config.num_query_groups or config.num_attention_heads) // tensor),
+        width=config.kv_channels,
+        scale=scale or config.kv_channels**-0.5,
+        causal=causal,
+    )
+
+
 class SegmentAttention(MegatronModule):
     """A core attention for megatron-core's SelfAttention. Query `[T, n, d]`, key and value `[T, groups, d]`.
 
@@ -71,15 +83,8 @@ class SegmentAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        tensor = config.tensor_model_parallel_size
-        self._heads = Heads(
-            queries=config.num_attention_heads // tensor,
-            groups=max(1, (config.num_query_groups or config.num_attention_heads) // tensor),
-            width=config.kv_channels,
-            scale=softmax_scale or config.kv_channels**-0.5,
-            causal=attn_mask_type == AttnMaskType.causal,
-        )
-        self._kernel = build_kernel(self._heads, config.params_dtype)
+        heads = heads_of(config, attn_mask_type == AttnMaskType.causal, softmax_scale)
+        self._kernel = build_kernel(heads, config.params_dtype)
 
     def forward(
         self,

@@ -45,7 +45,7 @@ class Work:
 
     images: int
     tokens: int
-    scores: int
+    scores: float
     scored: int
     last: int
 
@@ -101,15 +101,19 @@ def backward(forwards: Flops, trained: Trained = _ALL) -> Flops:
 
 def pack_flops(arch: Architecture, batch: PackedBatch) -> Flops:
     """One forward pass over what stands in a pack. `batch` may be on any pipeline stage: views and segments are on all."""
-    encoder = arch.encoder
     images = [rows * columns for view in batch.views for rows, columns in view.grids]
-    patches = sum(encoder_flops(encoder, 0, tokens) for tokens in images)
-    layers = sum(encoder_flops(encoder, arch.encoder_layers, tokens) for tokens in images) - patches
-    projector = projector_flops(encoder, arch.head) * sum(images) / encoder.tokens
     segments = batch.segments[: len(batch.segments) - bool(batch.padding)]
     answers = batch.predictors.numel()
     work = Work(0, batch.length, sum(queries * keys for queries, keys in segments), answers, answers)
-    return Flops(patches, layers, projector) + forward(arch, work)
+    return image_flops(arch, images) + forward(arch, work)
+
+
+def image_flops(arch: Architecture, sequences: Sequence[int]) -> Flops:
+    """One forward pass of images, or tiles, of so many patches each through encoder and projector."""
+    encoder = arch.encoder
+    patches = sum(encoder_flops(encoder, 0, tokens) for tokens in sequences)
+    layers = sum(encoder_flops(encoder, arch.encoder_layers, tokens) for tokens in sequences) - patches
+    return Flops(patches, layers, projector_flops(encoder, arch.head) * sum(sequences) / encoder.tokens)
 
 
 @dataclass(frozen=True)
@@ -121,4 +125,26 @@ class TrainingFlops:
 
     def of(self, batches: Iterable[PackedBatch]) -> float:
         forwards = sum((pack_flops(self.arch, batch) for batch in batches), Flops())
+        return (forwards + backward(forwards, self.trained)).total
+
+
+@dataclass(frozen=True)
+class SampleWork:
+    """Estimated work of samples' forward and backward passes, by which micro-batches are balanced. Without what a causal mask
+    hides, as kernels leave it out too: a segment's last query sees all its keys, the one before all but one."""
+
+    arch: Architecture
+    trained: Trained = _ALL
+
+    def images(self, sequences: Sequence[int]) -> float:
+        """Of images, or tiles, of so many patches each."""
+        return self._both(image_flops(self.arch, sequences))
+
+    def text(self, segments: Sequence[tuple[int, int]], answers: int) -> float:
+        """Of segments of (queries, keys) tokens, image places among them, with logits at `answers` places."""
+        tokens = sum(queries for queries, _ in segments)
+        seen = sum(queries * (keys - (queries - 1) / 2) for queries, keys in segments)
+        return self._both(forward(self.arch, Work(0, tokens, seen, answers, answers)))
+
+    def _both(self, forwards: Flops) -> float:
         return (forwards + backward(forwards, self.trained)).total

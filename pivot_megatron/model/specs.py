@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch.nn.functional import gelu, silu
 from pivot_megatron.config.schema import Fp8, Layout, Precision
 from pivot_megatron.families.architecture import EncoderArchitecture, HeadArchitecture
 from pivot_megatron.families.table import CHECKPOINT_NORM_KEYS
-from pivot_megatron.model.attention import SegmentAttention
+from pivot_megatron.model.attention import SegmentAttention, heads_of
 from pivot_megatron.model.compat import mlp_spec
 from pivot_megatron.model.last_layer import LastLayer
 from pivot_megatron.model.layer_scale import LayerScale
 from pivot_megatron.model.swiglu import SwiGlu
+from pivot_megatron.runtime.attention_trial import require_kernel
 from pivot_megatron.runtime.fp8 import require_fp8
 from pivot_megatron.runtime.layers import LayerModules, layer_modules
 
@@ -222,3 +224,13 @@ def head_config(
         **_common(layout, precision),
         **_fp8(precision.fp8_of("llm")),
     )
+
+
+def require_attention(
+    encoder: EncoderArchitecture, head: HeadArchitecture, layout: Layout, precision: Precision
+) -> None:
+    """Raises UserError where this machine's attention kernel does not run with the heads of either."""
+    plain = replace(precision, fp8=None)  # attention is never in FP8
+    seeing = encoder_config(encoder, encoder.layers, layout, plain)
+    for config, causal in ((seeing, False), (head_config(head, layout, plain), True)):
+        require_kernel(heads_of(config, causal), config.params_dtype)

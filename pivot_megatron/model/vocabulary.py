@@ -121,14 +121,24 @@ class _Gradient:
             return self.buffer.to(self._weight.dtype)
         weight: Any = self._weight
         weight.grad_added_to_main_grad, weight.zero_out_wgrad = True, False
-        # An overlapping reduction waits for a gradient to appear; of this one nothing is read.
-        return torch.empty_like(weight) if getattr(weight, "gradient_must_appear", False) else None
+        if getattr(weight, "gradient_must_appear", False):
+            # An overlapping reduction waits for a gradient to appear, of which nothing is read: one entry stands for all.
+            # Autograd would copy it out whole, and once more where both ends share the weight, so it is told of none.
+            weight.grad = weight.new_empty(1).expand_as(weight)
+        return None
+
+
+def tile_shape(tokens: int, width: int, element_size: int, tile_bytes: int) -> tuple[int, int]:
+    """(tokens, vocabulary rows) of which logits are computed at once, out of `tokens` hidden states `width` wide: in float32
+    they take `tile_bytes`, and so does a slice of the weight's gradient, which products of 16-bit floats make beside them."""
+    tokens = max(1, min(_TOKENS, tokens))
+    return tokens, max(1, tile_bytes // (4 * (tokens if element_size == 4 else max(tokens, width))))
 
 
 def _tiles(hidden: Tensor, rows: int) -> list[tuple[slice, slice]]:
-    """Tokens by vocabulary rows, such that float32 logits of a tile take `logits_tile_bytes`."""
-    tokens = max(1, min(_TOKENS, hidden.shape[0]))
-    width = max(1, current_platform().logits_tile_bytes // (4 * tokens))
+    """Tokens by vocabulary rows."""
+    tile_bytes = current_platform().logits_tile_bytes
+    tokens, width = tile_shape(hidden.shape[0], hidden.shape[1], hidden.element_size(), tile_bytes)
     return [
         (slice(at, at + tokens), slice(first, min(first + width, rows)))
         for at in range(0, hidden.shape[0], tokens)

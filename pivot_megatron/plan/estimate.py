@@ -12,9 +12,8 @@ from pivot_megatron.config.schema import Batch, Layout, ParameterRule, Precision
 from pivot_megatron.convert.plan import rows_by_parameter
 from pivot_megatron.data.build import PACK_MULTIPLE
 from pivot_megatron.data.plan import Size, plan_micro_batches
-from pivot_megatron.families.flops import encoder_flops, head_flops, projector_flops
 from pivot_megatron.model.composition import Architecture
-from pivot_megatron.model.flops import Flops, Trained, Work, backward, forward
+from pivot_megatron.model.flops import Flops, SampleWork, Trained, Work, backward, forward, image_flops
 from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.memory import Memory, stage_memory
 from pivot_megatron.plan.model_work import Model, Weights
@@ -235,7 +234,6 @@ def estimate(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> E
 def model_flops(subject: Subject) -> float:
     """Of a step, as `metrics.jsonl` counts its own (model/flops.py): no padding, attention as if nothing were masked."""
     arch, once = subject.arch, subject.samples
-    encoder = arch.encoder
     work = Work(
         images=0,
         tokens=sum(sample.tokens for sample in once),
@@ -243,15 +241,8 @@ def model_flops(subject: Subject) -> float:
         scored=sum(sample.scored for sample in once),
         last=sum(sample.scored for sample in once),
     )
-    patches = layers = projector = 0.0
-    for sample in once:
-        if sample.images:
-            tokens = sample.places // sample.images - int(encoder.class_token)
-            embedding = encoder_flops(encoder, 0, tokens)
-            patches += sample.images * embedding
-            layers += sample.images * (encoder_flops(encoder, arch.encoder_layers, tokens) - embedding)
-            projector += sample.images * projector_flops(encoder, arch.head) * tokens / encoder.tokens
-    forwards = Flops(patches, layers, projector) + forward(arch, work)
+    images = (image_flops(arch, sequences) for sequences in (_sequences(arch, sample) for sample in once) if sequences)
+    forwards = sum(images, Flops()) + forward(arch, work)
     return subject.times * (forwards + backward(forwards, _trained(arch, subject.rules))).total
 
 
@@ -314,27 +305,34 @@ def busiest_packs(subject: Subject, layout: Layout, data_parallel: int) -> tuple
     share it out alike are packed once."""
     alike = gcd(subject.times, data_parallel)
     samples = subject.samples * (subject.times // alike)
-    ranks = _packed(subject.arch, subject.batch, samples, data_parallel // alike, layout.micro_batch_multiple)
+    own = subject.arch, subject.rules, subject.batch, samples
+    ranks = _packed(*own, data_parallel // alike, layout.micro_batch_multiple)
     multiple = layout.tensor * subject.token_multiple
     return tuple(Pack(samples, multiple) for samples in ranks)
 
 
 @lru_cache(maxsize=256)
 def _packed(
-    arch: Architecture, batch: Batch, samples: tuple[Lengths, ...], data_parallel: int, multiple: int
+    arch: Architecture,
+    rules: tuple[ParameterRule, ...],
+    batch: Batch,
+    samples: tuple[Lengths, ...],
+    data_parallel: int,
+    multiple: int,
 ) -> tuple[tuple[Lengths, ...], ...]:
     """Many layouts have their packs in common."""
-    sizes = [Size(s.tokens, s.images, _flops(arch, s)) for s in samples]
+    work = SampleWork(arch, _trained(arch, rules))  # as the loader weighs samples
+    sizes = [
+        Size(s.tokens, s.images, work.images(_sequences(arch, s)) + work.text(s.segments, s.scored)) for s in samples
+    ]
     ranks = plan_micro_batches(sizes, data_parallel, batch.micro_tokens, batch.micro_images, multiple)
     busiest = max(ranks, key=lambda bins: sum(sizes[i].flops for found in bins for i in found))
     return tuple(tuple(samples[i] for i in found) for found in busiest)
 
 
-def _flops(arch: Architecture, sample: Lengths) -> float:
-    """As the loader weighs samples."""
-    patches = sample.places // max(1, sample.images) - int(arch.encoder.class_token)
-    one = encoder_flops(arch.encoder, arch.encoder.layers, patches) if sample.images else 0.0
-    return sample.images * one + head_flops(arch.head, sample.segments, sample.scored)
+def _sequences(arch: Architecture, sample: Lengths) -> list[int]:
+    """Patches of each of its images."""
+    return [sample.places // max(1, sample.images) - int(arch.encoder.class_token)] * sample.images
 
 
 def _sends(model: Model, machine: Machine, data_parallel: int, chunk: Chunk, pack: Pack) -> float:

@@ -92,7 +92,7 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
         f"{images} images, {places:,} places x {filled} in flight, projector and pixels"
         if first
         else "none on this stage",
-        "logits": f"tiles of {found.machine.logits_tile / 2**20:.0f} MiB, {pack.scored:,} tokens of answers"
+        "logits": f"tiles of up to {found.machine.logits_tile / 2**20:.0f} MiB, {pack.scored:,} tokens of answers"
         if one.memory.logits
         else "none on this stage",
         "working": "one layer's backward pass, with what it makes anew",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pivot_megatron.config.schema import Layout, Precision
+from pivot_megatron.families.architecture import HeadArchitecture
+from pivot_megatron.model.vocabulary import tile_shape
 from pivot_megatron.plan.layer_work import LayerShape, Numbers
 from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.model_work import Model, Weights, encoder_layer, head_layer, numbers_of
@@ -78,7 +80,7 @@ def stage_memory(
         optimizer=optimizer,
         activations=activations + 2 * _stream(head, numbers, pack.tokens) * alive,
         encoder=encoder,
-        logits=_logits(machine.logits_tile, pack, head.hidden, numbers) if last else 0.0,
+        logits=_logits(machine.logits_tile, pack, model.arch.head, numbers) if last else 0.0,
         working=working,
         reduction=4.0 * trained * machine.reduction_copy if data_parallel > 1 else 0.0,
         reference=size * count if online_reference else 0.0,
@@ -161,8 +163,10 @@ def _vision(model: Model, pack: Pack, alive: int, trains: bool) -> tuple[float, 
     return alive * (kept * arch.encoder_layers + projector) + pixels, working
 
 
-def _logits(tile: float, pack: Pack, width: int, numbers: Numbers) -> float:
-    """The tile, its slope in the activations' type, the weight's gradient for it; hidden states of all answers twice."""
-    tokens = max(1, min(4096, pack.scored))
-    words = tile / (4 * tokens)
-    return tile * (1 + numbers.size / 4) + words * width * 4 + pack.scored * width * (4 + numbers.size)
+def _logits(tile: float, pack: Pack, head: HeadArchitecture, numbers: Numbers) -> float:
+    """Hidden states of all answers twice, and a tile; with 16-bit activations also its slope in theirs, and the weight's gradient
+    for it."""
+    tokens, words = tile_shape(pack.scored, head.hidden, numbers.size, int(tile))
+    words = min(words, head.padded_vocabulary // numbers.tensor)
+    beside = 0 if numbers.size == 4 else words * (numbers.size * tokens + 4 * head.hidden)
+    return 4.0 * words * tokens + beside + pack.scored * head.hidden * (4 + numbers.size)

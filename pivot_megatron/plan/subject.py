@@ -15,6 +15,7 @@ from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.model.composition import Architecture
+from pivot_megatron.model.flops import SampleWork
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.plan.estimate import Subject, estimate
 from pivot_megatron.plan.hardware import assumed_lengths, known_architecture
@@ -104,8 +105,8 @@ def _data(config: RunConfig) -> Loader | None:
 def _loader(config: RunConfig) -> Loader:
     branches = build_objective(config.objective).branches
     start = describe_start(config.model)
-    arch, views = start.architecture(), start.image_views()
-    return build_loader(config, start.llm, views, arch.encoder, arch.head, branches, 0, 1, with_images=False)
+    work = SampleWork(start.architecture())  # of no matter: lengths alone are asked for
+    return build_loader(config, start.llm, start.image_views(), work, branches, 0, 1, with_images=False)
 
 
 def lengths_of_step(loader: Loader, arch: Architecture, step: int) -> list[Lengths]:

@@ -6,19 +6,19 @@ one before it all but the last. All kernels are exact; they differ in speed and 
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pivot_megatron.config.schema import Precision
-from pivot_megatron.errors import UserError
+from pivot_megatron.errors import UserError, in_a_line
 from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.engine import engine_fault
 
 
 @dataclass(frozen=True)
@@ -113,26 +113,37 @@ DESCRIPTIONS: dict[KernelName, str] = {
 # Short segments are padded to rows and attended in one call: there the calls themselves cost more than the padding.
 SHORT = 96
 
+# The first torch whose varlen attention takes a scale and a window.
+_VARLEN_SINCE = "2.11"
 
-def kernel_name(dtype: torch.dtype) -> KernelName:
+
+@dataclass(frozen=True)
+class Choice:
+    """`passed_over`: faster kernels that are installed and do not load, each with the reason."""
+
+    name: KernelName
+    passed_over: Mapping[KernelName, str] = field(default_factory=dict)
+
+
+def choose_kernel(dtype: torch.dtype) -> Choice:
     """The fastest kernel that this platform has for `dtype`. Raises UserError where a GPU has none."""
     if not current_platform().is_cuda or dtype == torch.float32:  # the fused kernels take 16-bit floats alone
-        return "sdpa"
-    if current_platform().transformer_engine:
-        return "te"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash-attn"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return "torch-varlen"
+        return Choice("sdpa")
+    passed_over: dict[KernelName, str] = {}
+    for name, (package, load) in _FUSED.items():
+        try:
+            load()
+        except Exception as error:  # of an import, of a library that cannot be loaded, of a check of its own
+            if not isinstance(error, ModuleNotFoundError) or error.name != package:
+                passed_over[name] = in_a_line(error)
+        else:
+            return Choice(name, passed_over)
+    reasons = "".join(f"; {DESCRIPTIONS[name]} does not load ({why})" for name, why in passed_over.items())
     raise UserError(
-        f"precision.compute: {dtype} attention over packs on a GPU needs transformer-engine, flash-attn or torch >= 2.10, "
-        f"found none beside torch {torch.__version__}; install one of them, or set precision.compute: fp32"
+        f"precision.compute: {dtype} attention over packs on a GPU needs transformer-engine, flash-attn or torch >= "
+        f"{_VARLEN_SINCE}, found none that loads beside torch {torch.__version__}{reasons}; install one of them, or set "
+        "precision.compute: fp32"
     )
-
-
-def attention_in_use(precision: Precision) -> str:
-    """What `kernel_name` finds for a run, in words."""
-    return DESCRIPTIONS[kernel_name(torch.bfloat16 if precision.compute == "bf16" else torch.float32)]
 
 
 def build_kernel(heads: Heads, dtype: torch.dtype) -> Kernel:
@@ -142,15 +153,46 @@ def build_kernel(heads: Heads, dtype: torch.dtype) -> Kernel:
         "torch-varlen": _torch_varlen,
         "sdpa": _sdpa,
     }
-    return builders[kernel_name(dtype)](heads)
+    return builders[choose_kernel(dtype).name](heads)
+
+
+def _load_te() -> Any:
+    if (why := engine_fault()) is not None:
+        raise ImportError(why)
+    import transformer_engine  # noqa: F401  (whether there is one)
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention
+
+
+def _load_flash_attn() -> Any:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    return flash_attn_varlen_func
+
+
+def _load_torch_varlen() -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if missing := {"scale", "window_size"} - set(signature(varlen_attn).parameters):
+        raise ImportError(
+            f"torch {torch.__version__}'s takes no {' and no '.join(sorted(missing))}, torch {_VARLEN_SINCE}'s does"
+        )
+    return varlen_attn
+
+
+# By preference; a package that is not there at all is nothing to tell of.
+_FUSED: dict[KernelName, tuple[str, Callable[[], Any]]] = {
+    "te": ("transformer_engine", _load_te),
+    "flash-attn": ("flash_attn", _load_flash_attn),
+    "torch-varlen": ("torch.nn.attention.varlen", _load_torch_varlen),
+}
 
 
 def _te(heads: Heads) -> Kernel:
-    from transformer_engine.pytorch import DotProductAttention
-
     mask = "padding_causal_bottom_right" if heads.causal else "padding"
     # Not a child of any module: it holds no weights, and its state would be a checkpoint key that the CPU does not have.
-    attention: Any = DotProductAttention(
+    attention: Any = _load_te()(
         heads.queries,
         heads.width,
         num_gqa_groups=heads.groups,
@@ -179,17 +221,12 @@ def _te(heads: Heads) -> Kernel:
 
 
 def _flash_attn(heads: Heads) -> Kernel:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
     # It is causal from the bottom right.
-    return _varlen(flash_attn_varlen_func, softmax_scale=heads.scale, causal=heads.causal)
+    return _varlen(_load_flash_attn(), softmax_scale=heads.scale, causal=heads.causal)
 
 
 def _torch_varlen(heads: Heads) -> Kernel:
-    from inspect import signature
-
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn = _load_torch_varlen()
     # Its first releases repeat keys over their queries by themselves, later ones where they are told to.
     grouped = heads.queries != heads.groups and "enable_gqa" in signature(varlen_attn).parameters
     options = {"enable_gqa": True} if grouped else {}

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from pivot_megatron.runtime.engine import engine_fault
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -37,7 +39,7 @@ def current_platform() -> Platform:
         return Platform(torch.device("cpu"), "gloo", transformer_engine=False, logits_tile_bytes=1 << 20)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
-    has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_te = engine_fault() is None and importlib.util.find_spec("transformer_engine") is not None
     return Platform(torch.device("cuda", index), "nccl", has_te, logits_tile_bytes=256 << 20)
 
 

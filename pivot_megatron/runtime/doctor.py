@@ -156,9 +156,9 @@ def _engine() -> Finding:
     """Where there is a GPU it is imported, for one that was built for another torch or CUDA is found and does not load."""
     found = _package(("transformer-engine", "transformer-engine-torch"), "transformer_engine")
     cost = "no FP8, megatron-core's local layers; pip install -e '.[te]' on a CUDA machine"
-    if found is not None and (why := _engine_fails()):
-        cost = f"runs stop at it, for they use it where it is there; build it again for this torch, or uninstall it ({why})"
-        return Finding("transformer-engine", f"{found}, does not load", False, cost)
+    if why := _engine_fails():
+        cost = f"{cost}, again for this torch and CUDA, or uninstall it ({why})"
+        return Finding("transformer-engine", f"{found or 'version unknown'}, does not load", False, cost)
     return _finding("transformer-engine", found or "none", found is not None, cost)
 
 
@@ -169,11 +169,9 @@ def _engine_fails() -> str | None:
 
     if not torch.cuda.is_available():  # nothing would use it
         return None
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # of an import, of a library that cannot be loaded, of a check of its own
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
+    from pivot_megatron.runtime.engine import engine_fault
+
+    return engine_fault()
 
 
 def _apex(engine: bool) -> Finding:

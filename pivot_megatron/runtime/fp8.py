@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pivot_megatron.config.schema import Fp8, Fp8Recipe
 from pivot_megatron.errors import UserError
 from pivot_megatron.runtime.device import current_platform
+from pivot_megatron.runtime.engine import engine_fault
 
 # Both sides of each weight of a tensor-parallel rank: cuBLAS takes FP8 matrices whose rows begin at multiples of 16 bytes, and a
 # weight is read along either side, forward and backward.
@@ -30,9 +31,10 @@ def require_fp8(fp8: Fp8) -> None:
     """FP8 GEMMs exist in Transformer Engine's layers alone; without it megatron-core would ignore the setting in silence."""
     platform = current_platform()
     if not platform.transformer_engine:
+        why = f" ({fault})" if platform.is_cuda and (fault := engine_fault()) else ""
         raise UserError(
             "precision.fp8: needs a CUDA device and transformer-engine, found neither in use on "
-            f"{platform.device}; install the `te` extra on a Hopper machine or set precision.fp8: null"
+            f"{platform.device}{why}; install the `te` extra on a Hopper machine or set precision.fp8: null"
         )
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager as state
 

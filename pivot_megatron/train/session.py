@@ -18,7 +18,8 @@ from pivot_megatron.data.loader import Loader
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.composition import Architecture, Stage, build_model
 from pivot_megatron.model.fit import require_fit
-from pivot_megatron.model.flops import Trained, TrainingFlops
+from pivot_megatron.model.flops import SampleWork, Trained, TrainingFlops
+from pivot_megatron.model.specs import require_attention
 from pivot_megatron.objective.build import build_objective
 from pivot_megatron.objective.types import Objective
 from pivot_megatron.runtime.device import current_platform
@@ -91,18 +92,18 @@ def total_steps(config: RunConfig, samples: int) -> int:
 
 
 def described(config: RunConfig, start: Model) -> tuple[Description, Architecture, Loader]:
-    """What `start` is, checked against the layout, and the loader of its data."""
+    """What `start` is, checked against the layout and this machine, and the loader of its data."""
     description = replace(describe_start(start), template=config.data.template)
     arch = description.architecture()
     require_fit(arch, config.layout, config.precision)
+    require_attention(arch.encoder, arch.head, config.layout, config.precision)
     rank, size = data_parallel()
     branches = build_objective(config.objective).branches
     loader = build_loader(
         config,
         description.llm,
         description.image_views(),
-        arch.encoder,
-        arch.head,
+        SampleWork(arch, Trained.by(rows_by_parameter(arch), config.parameters)),
         branches,
         rank,
         size,
@@ -180,7 +181,8 @@ def _record(config: RunConfig, folder: RunFolder) -> None:
     on_main_process(lambda: folder.create(config, environment(device, world, kernels)))
     if is_main_process():
         told = f"layers {kernels.layers}, attention by {kernels.attention}, fp8 {kernels.fp8}"
-        print(f"{config.name}: {told}", file=sys.stderr, flush=True)
+        for line in (*(f"not used: {one}" for one in kernels.passed_over), told):
+            print(f"{config.name}: {line}", file=sys.stderr, flush=True)
 
 
 def _computed(session: Session) -> None:

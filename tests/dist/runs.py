@@ -16,6 +16,7 @@ from pivot_megatron.data.build import build_loader
 from pivot_megatron.data.loader import Loader
 from pivot_megatron.data_prep.synthetic import make_question, write_pairs
 from pivot_megatron.errors import UserError
+from pivot_megatron.model.flops import SampleWork
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 
 
@@ -63,7 +64,7 @@ def loader(
     start = describe_start(config.model)
     arch = start.architecture()
     return build_loader(
-        config, data / "llm", start.image_views(), arch.encoder, arch.head, 2, rank, size, with_images=with_images
+        config, data / "llm", start.image_views(), SampleWork(arch), 2, rank, size, with_images=with_images
     )
 
 

@@ -14,6 +14,7 @@ from pivot_megatron.convert.start import describe_start
 from pivot_megatron.data.build import build_loader
 from pivot_megatron.data.loader import Loader
 from pivot_megatron.data.shard_writer import ShardWriter
+from pivot_megatron.model.flops import SampleWork
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.train.run_folder import read_metrics
 from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
@@ -55,7 +56,7 @@ def loader(data: Path, kind: str, backend: str, **keys: int) -> Loader:
     config = load_config(write_config(data / "run.yaml", tree_of(data, data / "unused", kind, backend)))
     start = describe_start(config.model)
     arch = start.architecture()
-    made = build_loader(config, data / "llm", start.image_views(), arch.encoder, arch.head, 2, 0, 1, with_images=True)
+    made = build_loader(config, data / "llm", start.image_views(), SampleWork(arch), 2, 0, 1, with_images=True)
     return replace(made, **keys)  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.build import build_loader
 from pivot_megatron.data.loader import Loader
 from pivot_megatron.errors import UserError
+from pivot_megatron.model.flops import SampleWork
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,7 @@ def our_loader(world: World, objective: Setting, folder: Path) -> Loader:
     description = describe(world.checkpoint)
     arch, images = description.architecture(), description.image_views()
     options = {"branches": 2, "rank": 0, "size": 1, "with_images": True}
-    return build_loader(load_config(path), world.llm, images, arch.encoder, arch.head, **options)
+    return build_loader(load_config(path), world.llm, images, SampleWork(arch), **options)
 
 
 def separate_sequences(batch: PackedBatch, image_token: int) -> tuple[list[torch.Tensor], list[list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from pivot_megatron.cli import main
-from pivot_megatron.runtime import attention, doctor
+from pivot_megatron.runtime import attention, doctor, engine
 from pivot_megatron.runtime.doctor import Finding, as_text, examine
 
 
@@ -108,18 +109,18 @@ def test_an_engine_that_does_not_load_is_told_where_it_would_be_used(monkeypatch
     monkeypatch.setattr(doctor, "_package", lambda names, module: "2.9")
     asked: list[str] = []
 
-    def fails(name: str) -> None:
-        asked.append(name)
-        raise OSError("te.so: undefined symbol:\n  _ZN3c10")
+    def fails() -> str:
+        asked.append("transformer_engine")
+        return "te.so: undefined symbol: _ZN3c10"
 
-    monkeypatch.setattr(doctor.importlib, "import_module", fails)
+    monkeypatch.setattr(engine, "engine_fault", fails)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # noqa: TID251
     assert doctor._engine() == Finding("transformer-engine", "2.9", True, "") and asked == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # noqa: TID251
     told = doctor._engine()
-    assert (told.found, told.ok, asked) == ("2.9, does not load", False, ["transformer_engine.pytorch"])
-    assert "te.so: undefined symbol: _ZN3c10" in told.cost and "\n" not in told.cost
-    monkeypatch.setattr(doctor.importlib, "import_module", asked.append)
+    assert (told.found, told.ok, asked) == ("2.9, does not load", False, ["transformer_engine"])
+    assert told.cost.startswith("no FP8") and "te.so: undefined symbol: _ZN3c10" in told.cost
+    monkeypatch.setattr(engine, "engine_fault", lambda: None)
     assert doctor._engine().ok
 
 
@@ -130,7 +131,8 @@ def test_what_a_run_would_compute_with_is_told(monkeypatch: pytest.MonkeyPatch) 
         assert "segment by segment" in found["attention"] and "apart" in found["weight gradients"]
         assert found["log-probs"].startswith("this project's own")
     monkeypatch.setattr(attention, "current_platform", lambda: SimpleNamespace(is_cuda=True, transformer_engine=False))
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    for module in ("transformer_engine", "flash_attn", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, module, None)
     (none,) = doctor._kernels()
     assert not none.ok and "install one of them" in none.cost
     monkeypatch.setattr(doctor, "_version", lambda package: None)

@@ -18,7 +18,7 @@ from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.data.views import View
 from pivot_megatron.model.composition import Architecture
-from pivot_megatron.model.flops import Flops, Trained, TrainingFlops, Work, backward, forward, pack_flops
+from pivot_megatron.model.flops import Flops, SampleWork, Trained, TrainingFlops, Work, backward, forward, pack_flops
 
 SHAPE = shape_by_name("tiny")
 ROWS, LENGTH = 2, 20
@@ -90,6 +90,17 @@ def test_a_pack_takes_what_its_samples_take_without_padding(arch: Architecture) 
     once = TrainingFlops(arch, Trained()).of([batch])
     assert once == (found + backward(found)).total
     assert TrainingFlops(arch, Trained()).of([batch, batch]) == 2 * once
+
+
+@pytest.mark.parametrize("trained", [Trained(), Trained(encoder=False), Trained(encoder=False, llm=False)], ids=str)
+def test_samples_weigh_what_a_step_takes_without_what_a_mask_hides(arch: Architecture, trained: Trained) -> None:
+    """Encoder layers that are built, and passes of parts that train: an aligned projector's image weighs little."""
+    sample, work = tokenized(30, (5, 9), [View.of_patches(2, 3)]), SampleWork(arch, trained)
+    step = TrainingFlops(arch, trained).of([pack([sample], [torch.zeros(1)], 2, multiple=1)])
+    head = arch.head
+    hidden = Flops(attention=4 * (35 * 34 / 2 + 9 * 8 / 2) * head.layers * head.heads * head.head_dim)
+    hidden += backward(hidden, trained)
+    assert work.images([6]) + work.text(sample.segments, 12) == pytest.approx(step - hidden.total, rel=1e-12)
 
 
 def test_a_pack_of_padding_takes_nothing(arch: Architecture) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.train.checkpoint import decided_by
 from tests.dist.runs import config_tree, loader, make_world, write_config
+from tests.unit.test_shards import without_names
 
 TOKENS = 9
 
@@ -126,7 +128,8 @@ def test_no_thread_outlives_the_steps(data: Path, tmp_path: Path, workers: int) 
 def test_only_what_is_asked_for_is_made_without_threads(data: Path) -> None:
     loaded: list[int] = []
     made = loader(data, workers=0)
-    counted = replace(made, flops=lambda sample: loaded.append(threading.get_ident()) or 1.0)
+    text = lambda segments, answers: loaded.append(threading.get_ident()) or 1.0  # noqa: E731
+    counted = replace(made, work=SimpleNamespace(images=len, text=text))
     next(counted.steps(0, 5))
     assert len(loaded) == 12 and set(loaded) == {threading.get_ident()}
 
@@ -230,6 +233,24 @@ def test_samples_over_one_image_share_it(data: Path, tmp_path: Path) -> None:
     for key in batch.keys:
         shown[key] = tuple(next(places) for _ in range({"c": 2, "d": 0}.get(key, 1)))
     assert shown["a"] == shown["b"] == shown["c"][1:] and shown["c"][0] != shown["c"][1] and shown["d"] == ()
+
+
+def test_pairs_over_one_image_are_packed_together(data: Path, tmp_path: Path) -> None:
+    """Four an image, side by side in the shards. An index of before does not say which images are one."""
+    with ShardWriter(tmp_path / "s", 10) as writer:
+        for n in range(24):
+            record = {"question": "what is it" + ", and why" * (5 * n % 7), "chosen": "red", "rejected": "blue"}
+            writer.write(f"{n}", image(n // 4), "png", record)
+
+    def passes() -> tuple[int, list[str]]:
+        (step,) = loader(data, shards=tmp_path / "s", global_size=24, micro_tokens=512).in_order(0, 24)
+        keys = sorted(key for batch in step.micro_batches for key in batch.keys)
+        return sum(len(batch.views) for batch in step.micro_batches), keys
+
+    together, keys = passes()
+    without_names(tmp_path / "s")
+    scattered, same = passes()
+    assert keys == same and together <= 10 and scattered > 14  # of 24 pairs over 6 images
 
 
 def test_a_pair_of_images_shares_the_text_before_them(data: Path, tmp_path: Path) -> None:

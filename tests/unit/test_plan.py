@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivot_megatron.data.plan import Size, plan_micro_batches
+from pivot_megatron.data.plan import Shown, Size, plan_micro_batches
 
 SIZES = st.lists(st.builds(Size, st.integers(1, 50), st.integers(0, 2), st.floats(1, 1e3)), max_size=40)
 
@@ -86,6 +88,62 @@ def _added(work: Iterable[float]) -> float:
     for one in work:
         total += one
     return total
+
+
+def over(image: int, of_image: float, rest: float, tokens: int = 1036) -> Size:
+    return Size(tokens, 1, of_image + rest, (Shown(image, 1, of_image),))
+
+
+def seen(sizes: list[Size], chosen: list[int]) -> dict[int, Shown]:
+    """The images of a micro-batch, by name."""
+    return {shown.name: shown for i in chosen for shown in sizes[i].shows}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5), st.floats(1, 100), st.floats(1, 100)), max_size=40),
+    st.integers(1, 5),
+    st.integers(50, 200),
+    st.one_of(st.none(), st.integers(1, 6)),
+)
+def test_images_that_are_shared_count_once(drawn, ranks, tokens, images) -> None:
+    """Image 0 is not known by name; the work of one image is the same in every sample."""
+    costs = {image: cost for _, image, cost, _ in drawn}
+    sizes = [
+        over(image, costs[image], rest, length) if image else Size(length, 1, costs[0] + rest)
+        for length, image, _, rest in drawn
+    ]
+    plan = plan_micro_batches(sizes, ranks, tokens, images)
+    assert plan == plan_micro_batches(sizes, ranks, tokens, images)
+    assert len(plan) == ranks and len({len(batches) for batches in plan}) == 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(sizes)))
+    for batch in (batch for batches in plan for batch in batches):
+        assert sum(sizes[i].tokens for i in batch) <= tokens and batch == sorted(batch)
+        alone = sum(not sizes[i].shows for i in batch)
+        assert images is None or alone + len(seen(sizes, batch)) <= images
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "pairs", "an_image", "most"),
+    [
+        (8, 8192, 256, 4, 0.35),  # seven fit, so a quarter cannot be reached
+        (1, 8192, 256, 4, 0.36),
+        (8, 8192, 256, 16, 0.25),
+        (1, 100_000, 256, 4, 0.25),
+        (8, 100_000, 32, 8, 0.25),  # each image on two ranks, for none to have more work than another
+    ],
+)
+@pytest.mark.parametrize("of_image", [0.2, 1.0, 5.0])
+def test_pairs_over_one_image_share_its_pass(ranks, tokens, pairs, an_image, most, of_image) -> None:
+    """`most` passes of the encoder a pair, where it would be one; and no rank has more to do than without."""
+    sizes = [over(1 + i // an_image, of_image, 1.0) for i in range(pairs)]
+    plan = plan_micro_batches(sizes, ranks, tokens, None)
+    assert sum(len(seen(sizes, batch)) for batches in plan for batch in batches) <= most * pairs
+
+    def slowest(plan: list[list[list[int]]]) -> float:
+        return max(sum(len(batch) + of_image * len(seen(sizes, batch)) for batch in batches) for batches in plan)
+
+    unknown = plan_micro_batches([replace(size, shows=()) for size in sizes], ranks, tokens, None)
+    assert slowest(plan) <= slowest(unknown) and len(plan[0]) == len(unknown[0])
 
 
 def test_no_samples_still_make_a_micro_batch_a_rank() -> None:

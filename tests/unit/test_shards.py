@@ -89,6 +89,29 @@ def test_index_states_counts_sizes_and_checksums(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "index.json").read_text()) == about
 
 
+def without_names(folder: Path) -> Path:
+    """`folder` with an index as it was before it said which images are one and the same."""
+    about, samples = json.loads((folder / "index.json").read_text()), folder / "index.parquet"
+    pq.write_table(pq.read_table(samples).drop_columns(["image_name", "rejected_name"]), samples)
+    about["samples"]["sha256"] = hashlib.sha256(samples.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_the_index_says_which_images_are_one(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 2) as writer:
+        for number, level in enumerate((1, 2, None, 1)):
+            writer.write(f"k{number}", None if level is None else jpeg(level), "jpg", record(number))
+        writer.write("two", jpeg(2), "jpg", record(9), rejected_image=jpeg(1))
+    reader = open_shards(tmp_path)
+    names = [reader.image_names(at) for at in range(5)]
+    (first,), (second,) = names[:2]
+    assert names == [[first], [second], [], [first], [second, first]] and 0 not in (first, second) and first != second
+    before = open_shards(without_names(tmp_path))
+    assert [before.image_names(at) for at in range(5)] == [[0], [0], [], [0], [0, 0]]
+    assert [before.image_sizes(at) for at in range(5)] == [reader.image_sizes(at) for at in range(5)]
+
+
 def test_the_index_says_where_bytes_lie_and_how_large_images_are(tmp_path: Path) -> None:
     write(tmp_path)
     rows = pq.read_table(tmp_path / "index.parquet").to_pylist()

@@ -16,11 +16,12 @@ from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RuleError, RunError, UserError
-from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
+from pivot_megatron.probe.classes import probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table, figures
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
+from pivot_megatron.recipe.ready import probe_settings
 from pivot_megatron.recipe.run_once import (
     StoppedError,
     apart,
@@ -53,11 +54,7 @@ class Evolution:
 
     def write_runs(self) -> list[Path]:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
-        one before it is not finished, and where there is a run to make and the probe's images do not go together."""
-        if self.schedule.probe is not None and not all(finished(phase.config) for phase in self.phases):
-            require_sets(_settings(self.schedule))
-        if self.schedule.projector.checkpoint is not None:
-            resolve_checkpoint(self.schedule.projector.checkpoint)
+        one before it is not finished."""
         for earlier, phase in pairwise(self.phases):
             if begun(phase.config) and not finished(earlier.config):
                 raise UserError(
@@ -196,18 +193,8 @@ def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
     return bool(changed_parameters(checkpoint, start, config.seed, names))
 
 
-def _settings(schedule: Schedule) -> LinearSettings:
-    """Before and after, features are of the layer that training takes them of."""
-    probe, layer = schedule.probe, schedule.encoder.feature_layer
-    if probe is None:
-        raise ValueError("the schedule has no probe")
-    return LinearSettings(
-        probe.train, probe.test, probe.per_class, probe.draws, probe.seed, feature_layer=layer, batch=probe.batch
-    )
-
-
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:
-    report = probe_encoders([before, after], _settings(schedule), schedule.out / "features", _say)
+    report = probe_encoders([before, after], probe_settings(schedule), schedule.out / "features", _say)
     write_atomically(after.parent / "linear.json", report.as_json() + "\n")
     ((difference, interval),) = against_first(report.scores)
     score = report.scores[1]

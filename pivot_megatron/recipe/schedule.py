@@ -15,8 +15,8 @@ from pivot_megatron.config.load import ConfigErrors, overridden, read_tree
 from pivot_megatron.config.schema import Component, Encoder, Projector, Strict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = ("features", "wandb", "tensorboard")
-"""Folders of a schedule that are no phase's."""
+RESERVED = ("features", "wandb", "tensorboard", "evolution.json", "report.html", "reports.jsonl")
+"""What lies in a schedule's folder and is no phase's."""
 
 
 def _component(value: Any) -> Any:

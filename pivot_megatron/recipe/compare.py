@@ -17,6 +17,7 @@ from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
+from pivot_megatron.recipe import run_differences
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, figures_of, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
 from pivot_megatron.recipe.held_out import read_held_out
@@ -54,6 +55,10 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         raise UserError(f"--seeds: expected two or more that differ, found {', '.join(map(str, settings.seeds))}")
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
+    varied, note = run_differences.differences(configs), ""
+    if len(settings.files) == 1:
+        note = run_differences.twin_told(*next(iter(configs.items())))
+        print(f"compare: {note}", file=sys.stderr, flush=True)
     tracking = next(iter(configs.values())).tracking
     require_trackers(tracking)
     require_sets(settings.probe)
@@ -81,11 +86,13 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
             found += _models(settings, settings.pairs, configs, runs)
     facts = {**vars(settings), "probe": vars(settings.probe)}
     versions = together([environment_facts(member.config.out) for member in every])
-    write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions))
+    write_atomically(settings.out / "compare.json", as_json(facts, found, versions=versions, differences=varied))
     page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions)
+    page = replace(page, sections=[run_differences.section(varied, note), *page.sections])
     write_page(page, settings.out / "report.html")
-    track(page.title, tracking, settings.out / "report.html", page, as_text(found), figures_of(found))
-    print(as_text(found))
+    text = f"{run_differences.as_text(varied, note)}\n{as_text(found)}"
+    track(page.title, tracking, settings.out / "report.html", page, text, figures_of(found))
+    print(text)
     return True
 
 

@@ -97,9 +97,9 @@ class Evolution:
         return PhaseResult.from_json(recorded(self._record_of(phase), lambda: asdict(self._judged(phase))))
 
     def _record_of(self, phase: Phase) -> Path:
-        """Where its judgement is kept, of the checkpoint and by the probe that there are now."""
+        """Where its judgement is kept, of the checkpoint, by the probe and against the first encoder that there are now."""
         probe = json.dumps(asdict(self.schedule.probe), default=str) if self.schedule.probe is not None else "no probe"
-        told = f"{facts_of(_finished(phase))['id']} {probe}"
+        told = f"{facts_of(_finished(phase))['id']} {probe} against {_start(self.schedule)}"
         return phase.folder / f"judged-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
 
     def judge_and_tell(self, name: str) -> PhaseResult:
@@ -111,12 +111,20 @@ class Evolution:
         return result
 
     def require_gate(self, result: PhaseResult) -> None:
-        most = self._named(result.name).most_fallen
-        if most is not None and result.probed is not None and result.probed.fallen_by_more_than(most):
-            raise RuleError(
-                f"phase {result.name}: the probe's accuracy fell by {-100 * result.probed.difference:.2f} points, by more than "
-                f"{100 * most:.2f} for sure (phases: most_fallen); what it left is in {result.encoder}"
-            )
+        """Raises RuleError where the encoder has fallen past the phase's gate, or that of all phases together: by more than its
+        share for sure, the whole of the difference's interval lying below."""
+        if (probed := result.probed) is None:
+            return
+        change, in_all = (probed.difference, probed.difference_interval), probed.against_the_start()
+        for (difference, interval), most, fell, key in (
+            (change, self._named(result.name).most_fallen, "fell", "phases: most_fallen"),
+            (in_all, self.schedule.most_fallen_in_all, "has fallen since the schedule began", "most_fallen_in_all"),
+        ):
+            if most is not None and interval.high < -most:
+                raise RuleError(
+                    f"phase {result.name}: the probe's accuracy {fell} by {-100 * difference:.2f} points, by more than "
+                    f"{100 * most:.2f} for sure ({key}); what it left is in {result.encoder}"
+                )
 
     def _tell(self, results: Sequence[PhaseResult]) -> None:
         page = evolution_page(self.schedule, self.phases, results)
@@ -173,8 +181,13 @@ class Evolution:
         for earlier in reversed(self.phases[: self.phases.index(phase)]):
             if earlier.encoder.exists():
                 return earlier.encoder
-        start = self.schedule.encoder
-        return start.hf or start.checkpoint or Path()
+        return _start(self.schedule)
+
+
+def _start(schedule: Schedule) -> Path:
+    """The encoder that it begins with."""
+    encoder = schedule.encoder
+    return encoder.hf or encoder.checkpoint or Path()
 
 
 def _finished(phase: Phase) -> Path:
@@ -194,11 +207,14 @@ def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
 
 
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:
-    report = probe_encoders([before, after], probe_settings(schedule), schedule.out / "features", _say)
+    start = _start(schedule)
+    encoders = [before, after] if before == start else [before, after, start]
+    report = probe_encoders(encoders, probe_settings(schedule), schedule.out / "features", _say)
     write_atomically(after.parent / "linear.json", report.as_json() + "\n")
-    ((difference, interval),) = against_first(report.scores)
-    score = report.scores[1]
-    return Probed(score.mean, score.interval, difference, interval)
+    found, score, *first = report.scores
+    (change,) = against_first([found, score])
+    (in_all,) = against_first([*first, score]) if first else [(None, None)]
+    return Probed(score.mean, score.interval, *change, *in_all)
 
 
 def _say(told: str) -> None:

@@ -144,6 +144,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["phases.1.most_fallen=0.1"],
         "phases.1.most_fallen: expected a share of 0 or more, and a",
     ),
+    "a gate on all of nothing": (
+        ["most_fallen_in_all=0.1"],
+        "most_fallen_in_all: expected a share of 0 or more, and a probe",
+    ),
     "an unknown key": (
         ["phases.1.most_falen=0.1"],
         "phases.1.most_falen: unknown key; did you mean phases.1.most_fallen?",

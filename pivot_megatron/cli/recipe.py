@@ -87,10 +87,12 @@ def _evolve(args: argparse.Namespace) -> int:
         from pivot_megatron.recipe.evolution import as_table
         from pivot_megatron.recipe.evolve import Evolution
         from pivot_megatron.recipe.phase_runs import phases_of
+        from pivot_megatron.recipe.ready import ready_phases
         from pivot_megatron.recipe.schedule import load_schedule
 
         schedule = load_schedule(args.schedule, args.overrides)
-        evolution = Evolution(schedule, phases_of(schedule, args.schedule), [str(args.schedule), *args.overrides])
+        phases = (phases_of if args.judge else ready_phases)(schedule, args.schedule)
+        evolution = Evolution(schedule, phases, [str(args.schedule), *args.overrides])
         if args.runs:
             for phase, file in zip(evolution.phases, evolution.write_runs(), strict=True):
                 print(f"{phase.name}\t{file}")

@@ -15,7 +15,7 @@ from pivot_megatron.requeue import StopRequests, remove_mark
 
 
 def add(verb: Verb) -> None:
-    p = verb("check", _check, "validate configs: every error at once")
+    p = verb("check", _check, "validate runs and schedules: every error at once")
     p.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
 
     p = verb("show", _show, "a run's config as it is resolved: its bases, its file, then overrides")
@@ -50,9 +50,15 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _checked(path: Path) -> str:
-    """Raises UserError with every mistake of the config, or else every reason why its model cannot be run so here."""
-    from pivot_megatron.config.load import ConfigErrors, load_config
+    """Raises UserError with every mistake of the config, or else every reason why its model cannot be run so here; of a schedule
+    with all that `pivot evolve` looks for before its first phase."""
+    from pivot_megatron.config.load import ConfigErrors, load_config, read_tree
 
+    if "phases" in read_tree(path):
+        from pivot_megatron.recipe.ready import ready_phases
+        from pivot_megatron.recipe.schedule import load_schedule
+
+        return f"ok: {len(ready_phases(load_schedule(path), path))} phases"
     config = load_config(path)
     absent = [folder for folder in config.model.folders if not folder.exists()]
     if absent:  # an earlier run's, perhaps, that is yet to be made

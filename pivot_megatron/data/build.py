@@ -15,6 +15,7 @@ from pivot_megatron.data.images import ImageTransform, PixelSteps, read_processo
 from pivot_megatron.data.loader import Loader, Work
 from pivot_megatron.data.order import Order, mixed
 from pivot_megatron.data.pair_set import PairSet
+from pivot_megatron.data.sample import BadSample
 from pivot_megatron.data.tokens import SampleTokenizer, Tokenizer, template_by_name
 from pivot_megatron.data.views import ImageViews, Native, Square, Tiled
 from pivot_megatron.errors import RuleError, UserError
@@ -128,13 +129,19 @@ def open_samples(data: Data) -> PairSet:
     """Raises UserError where samples are known to be broken, and they, or so many, are not to be skipped."""
     samples = PairSet.open([source.folder for source in data.shards], data.cache)
     bad = samples.known_bad
-    if bad and data.on_bad_sample == "stop":
+    require_sound(data, len(samples), len(bad), bad[0] if bad else None)
+    return samples
+
+
+def require_sound(data: Data, samples: int, broken: int, first: BadSample | None) -> None:
+    """`broken`: how many of the samples are known to be, of which `first` is one. Raises UserError where none may be, RuleError
+    where they are more than may be."""
+    if broken and data.on_bad_sample == "stop":
         raise UserError(
-            f"data.shards: {len(bad)} of {len(samples)} samples are broken, the first: {bad[0]}; mend or remove them, or set "
+            f"data.shards: {broken} of {samples} samples are broken, the first: {first}; mend or remove them, or set "
             "data.on_bad_sample: skip"
         )
-    require_few_bad(len(bad), len(samples), data.max_bad_share, "`pivot data index` names them")
-    return samples
+    require_few_bad(broken, samples, data.max_bad_share, "`pivot data index` names them")
 
 
 def require_few_bad(bad: int, samples: int, most: float, names: str) -> None:

@@ -35,12 +35,19 @@ def rate_of(name: str, rules: Sequence[ParameterRule]) -> Rate:
 
 
 def require_matches(names: Sequence[str], rules: Sequence[ParameterRule]) -> None:
+    """Raises UserError with all that `mismatches` finds."""
+    if found := mismatches(names, rules):
+        raise UserError("\n".join(found))
+
+
+def mismatches(names: Sequence[str], rules: Sequence[ParameterRule]) -> list[str]:
     """A pattern that no parameter answers to is a typing error, and would train what was meant to stay frozen."""
-    for i, rule in enumerate(rules):
-        if not any(fnmatchcase(name, rule.match) for name in names):
-            raise UserError(
-                f"parameters.{i}.match: no parameter is named like {rule.match!r}; names begin with encoder., "
-                "projector. and llm., such as encoder.decoder.layers.0.mlp.linear_fc1.weight"
-            )
+    found = [
+        f"parameters.{i}.match: no parameter is named like {rule.match!r}; names begin with encoder., projector. and llm., such "
+        "as encoder.decoder.layers.0.mlp.linear_fc1.weight"
+        for i, rule in enumerate(rules)
+        if not any(fnmatchcase(name, rule.match) for name in names)
+    ]
     if names and all(rate_of(name, rules) == "frozen" for name in names):
-        raise UserError("parameters: every parameter is frozen, so there is nothing to train")
+        found.append("parameters: every parameter is frozen, so there is nothing to train")
+    return found

@@ -19,6 +19,7 @@ from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
 from pivot_megatron.probe.table import Score
+from pivot_megatron.recipe import run_differences
 from pivot_megatron.recipe.answers_page import examples_section
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, figures_of, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
@@ -58,6 +59,10 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         raise UserError(f"--seeds: expected two or more that differ, found {', '.join(map(str, settings.seeds))}")
     if START in configs:
         raise UserError(f"name: {START} is what the encoder that all begin from is called; choose another")
+    varied, note = run_differences.differences(configs), ""
+    if len(settings.files) == 1:
+        note = run_differences.twin_told(*next(iter(configs.items())))
+        print(f"compare: {note}", file=sys.stderr, flush=True)
     require_trackers(next(iter(configs.values())).tracking)
     require_sets(settings.probe, settings.out / "features")
     held_out = [] if settings.pairs is None else read_held_out(settings.pairs)
@@ -89,8 +94,9 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
             "compare: stopped between two models; what was found is kept, and the same command goes on", file=sys.stderr
         )
         return False
-    _tell(settings, configs, every, found, held_out, texts[max(texts)] if texts else {})
-    print(as_text(found))
+    text = f"{run_differences.as_text(varied, note)}\n{as_text(found)}"
+    _tell(settings, configs, every, found, held_out, texts[max(texts)] if texts else {}, varied, note, text)
+    print(text)
     return True
 
 
@@ -101,8 +107,12 @@ def _tell(
     found: Sequence[Measured],
     held_out: Sequence[HeldOut],
     texts: Mapping[str, Sequence[str]],
+    varied: run_differences.Differences,
+    note: str,
+    text: str,
 ) -> None:
-    """The JSON, the page and what trackers are told. `texts`: answers to `held_out`, by model."""
+    """The JSON, the page and what trackers are told. `texts`: answers to `held_out`, by model. `varied`, `note`: in what the runs
+    differ. `text`: what is printed."""
     facts = {**vars(settings), "probe": vars(settings.probe)}
     versions = together([environment_facts(member.config.out) for member in every])
     runs = {member.name: run_settings(member.config) for member in every}
@@ -111,14 +121,15 @@ def _tell(
         note = f"Of the runs with seed {settings.seeds[0]}, over the most samples."
         more.insert(0, examples_section(held_out, texts, note))
     examples = examples_told(held_out, texts) if texts else []
-    json_told = as_json(facts, found, examples=examples, runs=runs, versions=versions)
+    json_told = as_json(facts, found, examples=examples, runs=runs, versions=versions, differences=varied)
     write_atomically(settings.out / "compare.json", json_told)
     more.append(runs_section(every))
     page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions, more)
+    page = replace(page, sections=[run_differences.section(varied, note), *page.sections])
     written = settings.out / "report.html"
     write_page(page, written)
     tracking = next(iter(configs.values())).tracking
-    track(page.title, tracking, written, page, as_text(found), figures_of(found))
+    track(page.title, tracking, written, page, text, figures_of(found))
 
 
 def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) -> dict[str, str]:

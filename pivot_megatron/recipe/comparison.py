@@ -12,14 +12,10 @@ from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import RunConfig, Sft
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score, against_first, as_records, as_table, figures
-from pivot_megatron.recipe.run_once import as_decided
-from pivot_megatron.train.checkpoint import NOTHING
+from pivot_megatron.recipe.run_differences import require_alike
 
 START = "start"
 """What every run began from, in tables."""
-
-MAY_DIFFER = ("objective", "optimizer")
-"""What a comparison is of, by config key. Learning rates go with objectives: one that suits DPO starves SFT."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Member:
 
 def variants(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
     """By name. A run alone is compared with its SFT twin, alike in all else. Raises UserError where runs differ in more than
-    MAY_DIFFER, or share a name."""
+    they may, or share a name."""
     configs = [load_config(file, overrides) for file in files]
     if len(configs) == 1:
         (config,) = configs
@@ -57,19 +53,9 @@ def variants(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, RunCo
     for file, config in zip(files, configs, strict=True):
         if config.name in found:
             raise UserError(f"{file}: name: expected one of its own, found {config.name!r} twice")
-        _require_alike(files[0], configs[0], file, config)
+        require_alike(files[0], configs[0], file, config)
         found[config.name] = config
     return found
-
-
-def _require_alike(first_file: Path, first: RunConfig, file: Path, config: RunConfig) -> None:
-    one, other = as_decided(first), as_decided(config)
-    differing = (key for key in {**one, **other} if one.get(key, NOTHING) != other.get(key, NOTHING))
-    if odd := [key for key in differing if key not in MAY_DIFFER]:
-        raise UserError(
-            f"{file}: expected a run that differs from {first_file} in {' and '.join(MAY_DIFFER)} alone, found another "
-            f"{', '.join(odd)}: {other.get(odd[0], NOTHING)}, there {one.get(odd[0], NOTHING)}"
-        )
 
 
 def members(

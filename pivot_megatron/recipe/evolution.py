@@ -13,16 +13,21 @@ from pivot_megatron.probe.table import aligned, figure
 
 @dataclass(frozen=True)
 class Probed:
-    """Accuracy (a share) of the encoder that a phase left, and its difference from the one that the phase found."""
+    """Accuracy (a share) of the encoder that a phase left, and its difference from the one that the phase found. `in_all`: its
+    difference from the schedule's first encoder; None where that is the one that the phase found."""
 
     accuracy: float
     interval: Interval
     difference: float
     difference_interval: Interval
+    in_all: float | None = None
+    in_all_interval: Interval | None = None
 
-    def fallen_by_more_than(self, share: float) -> bool:
-        """Surely: the whole of the difference's interval lies below `-share`."""
-        return self.difference_interval.high < -share
+    def against_the_start(self) -> tuple[float, Interval]:
+        """Its difference from the schedule's first encoder."""
+        if self.in_all is None or self.in_all_interval is None:
+            return self.difference, self.difference_interval
+        return self.in_all, self.in_all_interval
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class PhaseResult:
     def from_json(cls, told: Mapping[str, Any]) -> PhaseResult:
         probed = told["probed"]
         if probed is not None:
-            intervals = {name: Interval(**probed[name]) for name in ("interval", "difference_interval")}
+            intervals = {name: Interval(**value) for name, value in probed.items() if isinstance(value, Mapping)}
             probed = Probed(**{**probed, **intervals})
         return cls(**{**told, "probed": probed})
 
@@ -64,6 +69,8 @@ def figures(results: Sequence[PhaseResult]) -> dict[str, float]:
         if (probed := result.probed) is not None:
             found |= figure(f"{result.name}/accuracy", probed.accuracy, probed.interval)
             found |= figure(f"{result.name}/difference", probed.difference, probed.difference_interval)
+            if probed.in_all is not None:
+                found |= figure(f"{result.name}/in_all", *probed.against_the_start())
     return found
 
 

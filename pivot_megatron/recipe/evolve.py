@@ -16,11 +16,12 @@ from pivot_megatron.convert.frozen import changed_parameters, frozen_names
 from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RuleError, RunError, UserError
-from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
+from pivot_megatron.probe.classes import probe_encoders
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table, figures
 from pivot_megatron.recipe.evolution_page import evolution_page
 from pivot_megatron.recipe.phase_runs import Phase
+from pivot_megatron.recipe.ready import probe_settings
 from pivot_megatron.recipe.run_facts import run_settings
 from pivot_megatron.recipe.run_once import (
     StoppedError,
@@ -54,11 +55,7 @@ class Evolution:
 
     def write_runs(self) -> list[Path]:
         """A file a phase that `pivot train` takes. Raises UserError where a phase has begun with other settings, or although the
-        one before it is not finished, and where there is a run to make and the probe's images do not go together."""
-        if self.schedule.probe is not None and not all(finished(phase.config) for phase in self.phases):
-            require_sets(_settings(self.schedule), self.schedule.out / "features")
-        if self.schedule.projector.checkpoint is not None:
-            resolve_checkpoint(self.schedule.projector.checkpoint)
+        one before it is not finished."""
         for earlier, phase in pairwise(self.phases):
             if begun(phase.config) and not finished(earlier.config):
                 raise UserError(
@@ -101,9 +98,9 @@ class Evolution:
         return PhaseResult.from_json(recorded(self._record_of(phase), lambda: asdict(self._judged(phase))))
 
     def _record_of(self, phase: Phase) -> Path:
-        """Where its judgement is kept, of the checkpoint and by the probe that there are now."""
+        """Where its judgement is kept, of the checkpoint, by the probe and against the first encoder that there are now."""
         probe = json.dumps(asdict(self.schedule.probe), default=str) if self.schedule.probe is not None else "no probe"
-        told = f"{facts_of(_finished(phase))['id']} {probe}"
+        told = f"{facts_of(_finished(phase))['id']} {probe} against {_start(self.schedule)}"
         return phase.folder / f"judged-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
 
     def judge_and_tell(self, name: str) -> PhaseResult:
@@ -115,12 +112,20 @@ class Evolution:
         return result
 
     def require_gate(self, result: PhaseResult) -> None:
-        most = self._named(result.name).most_fallen
-        if most is not None and result.probed is not None and result.probed.fallen_by_more_than(most):
-            raise RuleError(
-                f"phase {result.name}: the probe's accuracy fell by {-100 * result.probed.difference:.2f} points, by more than "
-                f"{100 * most:.2f} for sure (phases: most_fallen); what it left is in {result.encoder}"
-            )
+        """Raises RuleError where the encoder has fallen past the phase's gate, or that of all phases together: by more than its
+        share for sure, the whole of the difference's interval lying below."""
+        if (probed := result.probed) is None:
+            return
+        change, in_all = (probed.difference, probed.difference_interval), probed.against_the_start()
+        for (difference, interval), most, fell, key in (
+            (change, self._named(result.name).most_fallen, "fell", "phases: most_fallen"),
+            (in_all, self.schedule.most_fallen_in_all, "has fallen since the schedule began", "most_fallen_in_all"),
+        ):
+            if most is not None and interval.high < -most:
+                raise RuleError(
+                    f"phase {result.name}: the probe's accuracy {fell} by {-100 * difference:.2f} points, by more than "
+                    f"{100 * most:.2f} for sure ({key}); what it left is in {result.encoder}"
+                )
 
     def _tell(self, results: Sequence[PhaseResult]) -> None:
         page = evolution_page(self.schedule, self.phases, results)
@@ -178,8 +183,13 @@ class Evolution:
         for earlier in reversed(self.phases[: self.phases.index(phase)]):
             if earlier.encoder.exists():
                 return earlier.encoder
-        start = self.schedule.encoder
-        return start.hf or start.checkpoint or Path()
+        return _start(self.schedule)
+
+
+def _start(schedule: Schedule) -> Path:
+    """The encoder that it begins with."""
+    encoder = schedule.encoder
+    return encoder.hf or encoder.checkpoint or Path()
 
 
 def _finished(phase: Phase) -> Path:
@@ -198,20 +208,15 @@ def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
     return bool(changed_parameters(checkpoint, start, config.seed, names))
 
 
-def _settings(schedule: Schedule) -> LinearSettings:
-    """Before and after, features are of the layer that training takes them of."""
-    probe, layer = schedule.probe, schedule.encoder.feature_layer
-    if probe is None:
-        raise ValueError("the schedule has no probe")
-    return LinearSettings(**vars(probe), feature_layer=layer)
-
-
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:
-    report = probe_encoders([before, after], _settings(schedule), schedule.out / "features", _say)
+    start = _start(schedule)
+    encoders = [before, after] if before == start else [before, after, start]
+    report = probe_encoders(encoders, probe_settings(schedule), schedule.out / "features", _say)
     write_atomically(after.parent / "linear.json", report.as_json() + "\n")
-    ((difference, interval),) = against_first(report.scores)
-    score = report.scores[1]
-    return Probed(score.mean, score.interval, difference, interval)
+    found, score, *first = report.scores
+    (change,) = against_first([found, score])
+    (in_all,) = against_first([*first, score]) if first else [(None, None)]
+    return Probed(score.mean, score.interval, *change, *in_all)
 
 
 def _say(told: str) -> None:

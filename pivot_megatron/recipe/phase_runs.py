@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.load import ConfigErrors, based, decoded, merged
-from pivot_megatron.config.schema import Component, Encoder, Model, Projector, RunConfig
+from pivot_megatron.config.schema import AnyRes, Component, Encoder, Model, Projector, RunConfig
 from pivot_megatron.convert.hf import read_json
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.registry import head_architecture
-from pivot_megatron.recipe.schedule import PhaseSpec, Schedule
+from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.train.feasible import infeasible
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`config`: its run, in `folder / "run"`. `projector`: whether the projector is handed on, or fresh. `most_fallen`: see
-    PhaseSpec."""
+    """`key`: its place in the schedule's file, and its name, for messages. `config`: its run, in `folder / "run"`. `projector`:
+    whether the projector is handed on, or fresh. `most_fallen`: see PhaseSpec."""
 
     name: str
+    key: str
     folder: Path
     config: RunConfig
     projector: bool
@@ -40,42 +44,75 @@ class Phase:
 
 
 def phases_of(schedule: Schedule, path: Path) -> list[Phase]:
-    """The phases of the schedule in the file `path`. Raises ConfigErrors with every mistake of a run, every layout that its model
-    cannot be cut into, and every phase that would pass preferences through a fresh projector."""
-    found: list[Phase] = []
-    wrong: list[str] = []
-    head = Component()
-    for n, spec in enumerate(schedule.phases):
-        before, head = head, spec.head or head
-        handed_on = bool(schedule.projector.sources) if n == 0 else _hidden(before) == _hidden(head)
-        model = _model(schedule, found[-1].config.out if found else None, spec, handed_on)
-        try:
-            phase = _phase(schedule, spec, path, model, handed_on)
-        except ConfigErrors as error:
-            wrong += [f"phases.{n}: {line.removeprefix(f'{path}: ')}" for line in error.errors]
-            continue
-        found.append(phase)
-        wrong += [f"phases.{n}: {problem}" for problem in _misfits(schedule, phase, head)]
+    """The phases of the schedule in the file `path`. Raises ConfigErrors with every mistake that `read_phases` finds."""
+    found, wrong = read_phases(schedule, path)
     if wrong:
         raise ConfigErrors(path, wrong)
     return found
 
 
-def _model(schedule: Schedule, before: Path | None, spec: PhaseSpec, handed_on: bool) -> dict[str, Any]:
-    """`before`: the run of the phase before."""
-    last = {"checkpoint": str(before)}
+def read_phases(schedule: Schedule, path: Path) -> tuple[list[Phase], list[str]]:
+    """The phases that can be read, and what is wrong with any: every mistake of a run, every folder of a model that is not one,
+    every layout and rule that its model cannot be trained by, every phase that would pass preferences to a new head."""
+    found: list[Phase] = []
+    _, no_encoder = tried("encoder", lambda: encoder_architecture(*_config_of(schedule.encoder, "encoder")))
+    tiles, no_projector = tried("projector", partial(_tiles, schedule.projector))
+    wrong = no_encoder + no_projector
+    head, width = Component(), None
+    for n, spec in enumerate(schedule.phases):
+        key, before = f"phases.{n} ({spec.name})", width
+        if spec.head is not None:
+            head = spec.head
+            width, no_head = tried(f"{key}: head", partial(_hidden, head))
+            wrong += no_head
+        fits = spec.head is None or (width is not None and width == before)
+        handed_on = fits if n else bool(schedule.projector.sources)
+        try:
+            phase = _phase(schedule, n, key, path, handed_on, tiles)
+        except ConfigErrors as error:
+            wrong += [f"{key}: {line.removeprefix(f'{path}: ')}" for line in error.errors]
+            continue
+        found.append(phase)
+        tiles = phase.config.model.anyres or tiles
+        problems = _unaligned(phase) if spec.head is not None and (n or not handed_on) else []
+        if width is not None and not no_encoder:
+            run = replace(phase.config, model=Model(schedule.encoder, head, anyres=tiles))
+            misfits, no_model = tried(key, partial(infeasible, run))
+            wrong += no_model
+            problems += misfits or []
+        wrong += [f"{key}: {problem}" for problem in problems]
+    return found, wrong
+
+
+def tried(key: str, call: Callable[[], Found]) -> tuple[Found | None, list[str]]:
+    """What `call` returned, or else the lines of the mistake that it raised, `key` before each."""
+    try:
+        return call(), []
+    except UserError as error:
+        return None, [f"{key}: {line}" for line in str(error).splitlines()]
+
+
+def _model(schedule: Schedule, n: int, handed_on: bool) -> dict[str, Any]:
+    spec = schedule.phases[n]
+    last = {"checkpoint": str(_folder(schedule, n - 1) / "run")}
     return {
-        "encoder": _tree(schedule.encoder) if before is None else last,
+        "encoder": last if n else _tree(schedule.encoder),
         "llm": last if spec.head is None else _tree(spec.head),
-        "projector": _tree(schedule.projector) if before is None else last if handed_on else {},
+        "projector": _tree(schedule.projector) if n == 0 else last if handed_on else {},
     }
+
+
+def _folder(schedule: Schedule, n: int) -> Path:
+    return schedule.out / schedule.phases[n].name
 
 
 def _tree(component: Component) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(component).items()}
 
 
-def _phase(schedule: Schedule, spec: PhaseSpec, path: Path, model: dict[str, Any], handed_on: bool) -> Phase:
+def _phase(schedule: Schedule, n: int, key: str, path: Path, handed_on: bool, tiles: AnyRes | None) -> Phase:
+    """`tiles`: as the phase before saw images."""
+    spec, model = schedule.phases[n], _model(schedule, n, handed_on)
     own = dict(spec.run)
     for where, tree in (("every", schedule.every), ("run", own)):
         _require_no_start(path, where, tree)
@@ -84,10 +121,13 @@ def _phase(schedule: Schedule, spec: PhaseSpec, path: Path, model: dict[str, Any
     if lost := _lost(schedule, model, below, [bases] if isinstance(bases, str) else bases, path):
         raise ConfigErrors(path, lost)
     tree = merged(merged(below, schedule.every), own)
-    folder = schedule.out / spec.name
-    tree["model"] = {**model, "anyres": (tree.get("model") or {}).get("anyres")}
+    anyres = (tree.get("model") or {}).get("anyres")
+    if anyres is None and tiles is not None and not handed_on:  # a projector that is handed on brings them along
+        anyres = asdict(tiles)
+    tree["model"] = {**model, "anyres": anyres}
+    folder = _folder(schedule, n)
     tree |= {"name": spec.name, "out": str(folder / "run")}
-    return Phase(spec.name, folder, decoded(tree, path), handed_on, spec.most_fallen)
+    return Phase(spec.name, key, folder, decoded(tree, path), handed_on, spec.most_fallen)
 
 
 def _require_no_start(path: Path, where: str, tree: Mapping[str, Any]) -> None:
@@ -132,23 +172,31 @@ def _said(tree: Mapping[str, Any], part: str, key: str) -> Any:
     return tree.get(key)
 
 
-def _hidden(component: Component) -> int:
-    """A head's width."""
-    folder = component.hf or component.fresh or describe(resolve_checkpoint(component.checkpoint or Path())).llm
-    return head_architecture(read_json(folder / "config.json"), str(folder / "config.json")).hidden
+def _hidden(head: Component) -> int:
+    """Its width."""
+    return head_architecture(*_config_of(head, "llm")).hidden
 
 
-def _misfits(schedule: Schedule, phase: Phase, head: Component) -> list[str]:
-    """`head`: what its language model began as, before any phase."""
-    config = phase.config
-    found = []
-    if not phase.projector and config.objective.kind != "sft":
-        found.append(
-            f"objective.kind: its head is new, so its projector starts fresh, through which no {config.objective.kind} can "
-            "pass; let a phase of kind sft come before it, and give the head there"
-        )
-    try:
-        found += infeasible(replace(config, model=Model(schedule.encoder, head, anyres=config.model.anyres)))
-    except UserError as error:
-        found += str(error).splitlines()
-    return found
+def _config_of(component: Component, part: Literal["encoder", "llm"]) -> tuple[dict[str, Any], str]:
+    """What its Hugging Face folder's config.json holds, and where that is."""
+    folder = component.hf or component.fresh
+    if folder is None:
+        description = describe(resolve_checkpoint(component.checkpoint or Path()))
+        folder = description.encoder if part == "encoder" else description.llm
+    file = folder / "config.json"
+    return read_json(file), str(file)
+
+
+def _tiles(projector: Projector) -> AnyRes | None:
+    return None if projector.checkpoint is None else describe(resolve_checkpoint(projector.checkpoint)).anyres
+
+
+def _unaligned(phase: Phase) -> list[str]:
+    """`phase`: one whose head no phase before it has had, nor a projector of its own."""
+    kind = phase.config.objective.kind
+    if kind == "sft":
+        return []
+    return [
+        f"objective.kind: its head is new, and its projector fresh or another head's, through which no {kind} can pass; let a "
+        "phase of kind sft come before it, and give the head there"
+    ]

@@ -16,8 +16,8 @@ from pivot_megatron.config.schema import Component, Encoder, Projector, Strict
 from pivot_megatron.probe.classes import Classifier
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = ("features", "wandb", "tensorboard")
-"""Folders of a schedule that are no phase's."""
+RESERVED = ("features", "wandb", "tensorboard", "evolution.json", "report.html", "reports.jsonl")
+"""What lies in a schedule's folder and is no phase's."""
 
 
 def _component(value: Any) -> Any:
@@ -55,7 +55,8 @@ class PhaseSpec(Strict):
 @dataclass(frozen=True)
 class Schedule(Strict):
     """`encoder`: what evolves, as it is to begin with; `projector`: the first phase's, fresh where it is left out. `every`:
-    what the runs of all phases share, over their bases and below what each says itself. `out` holds a folder a phase."""
+    what the runs of all phases share, over their bases and below what each says itself. `out` holds a folder a phase.
+    `most_fallen_in_all`: as a phase's `most_fallen`, after each of them, against the encoder as it is to begin with."""
 
     name: str
     out: Path
@@ -63,6 +64,7 @@ class Schedule(Strict):
     phases: tuple[PhaseSpec, ...]
     projector: Projector = field(default_factory=Projector)
     probe: LinearProbe | None = None
+    most_fallen_in_all: float | None = None
     every: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +99,7 @@ def _problems(schedule: Schedule) -> list[str]:
             "probe: expected an encoder at its own resolution to begin with; leave image_size and max_patches out, or begin from "
             "a checkpoint that `pivot convert import --image-size` made"
         )
+    found += _gate_problems("most_fallen_in_all", schedule.most_fallen_in_all, schedule)
     names = [phase.name for phase in schedule.phases]
     for n, phase in enumerate(schedule.phases):
         if not _NAME.fullmatch(phase.name) or phase.name in RESERVED:
@@ -108,8 +111,13 @@ def _problems(schedule: Schedule) -> list[str]:
             found.append(f"phases.{n}.name: expected a name of its own, found {phase.name!r} twice")
         if phase.head is not None and len(phase.head.sources) != 1:
             found.append(f"phases.{n}.head: expected one of hf, checkpoint and fresh")
-        if phase.most_fallen is not None and (schedule.probe is None or phase.most_fallen < 0):
-            found.append(f"phases.{n}.most_fallen: expected a share of 0 or more, and a probe: to measure it by")
+        found += _gate_problems(f"phases.{n}.most_fallen", phase.most_fallen, schedule)
     if schedule.phases and schedule.phases[0].head is None:
         found.append("phases.0.head: missing; the first phase needs a language model")
     return found
+
+
+def _gate_problems(key: str, most: float | None, schedule: Schedule) -> list[str]:
+    if most is None or (schedule.probe is not None and most >= 0):
+        return []
+    return [f"{key}: expected a share of 0 or more, and a probe: to measure it by"]

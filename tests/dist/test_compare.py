@@ -19,6 +19,8 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import compare, run_once
 from pivot_megatron.recipe.comparison import Measured, as_text, members, variants
+from pivot_megatron.recipe.run_differences import as_text as differences_text
+from pivot_megatron.recipe.run_differences import differences
 from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import read_metrics
 from pivot_megatron.train.tracking import require_trackers
@@ -27,6 +29,9 @@ from tests.dist.test_evolve import Launcher, world  # noqa: F401  (a fixture)
 from tests.harness import Workers
 from tests.html_page import whole_page
 from tests.trackers import Fake
+
+
+ALIKE = r"expected a run that differs from .*dpo.yaml in objective, optimizer.learning_rate and optimizer.weight_decay alone, found another"
 
 
 def write_run(world: Path, folder: Path, name: str, **changes: Any) -> Path:  # noqa: F811
@@ -43,15 +48,40 @@ def test_runs_may_differ_in_one_thing(world: Path, tmp_path: Path) -> None:  # n
     assert [(name, run.objective.kind) for name, run in found.items()] == [("dpo", "dpo"), ("dpo-sft", "sft")]
     assert {run.optimizer.learning_rate for run in found.values()} == {3e-4}
     ipo = write_run(world, tmp_path, "ipo", objective={"kind": "dpo", "losses": {"ipo": 1}})
-    sft = write_run(world, tmp_path, "sft", objective={"kind": "sft"}, optimizer={"learning_rate": 1e-5})
+    sft = write_run(world, tmp_path, "sft", objective={"kind": "sft"}, optimizer={"learning_rate": 1e-5, "warmup_fraction": 0.1})
     assert list(variants([dpo, ipo, sft], [])) == ["dpo", "ipo", "sft"]
     with pytest.raises(UserError, match="expected a run to hold against SFT, found SFT itself"):
         variants([sft], [])
     with pytest.raises(UserError, match=r"name: expected one of its own, found 'dpo' twice"):
         variants([dpo, dpo], [])
     longer = write_run(world, tmp_path, "longer", data={"shards": [str(world / "pairs")], "sequence_length": 99})
-    with pytest.raises(UserError, match=r"longer.yaml: expected a run that differs from .*dpo.yaml in objective and optimizer "):
+    with pytest.raises(UserError, match=rf"longer.yaml: {ALIKE} data.sequence_length: 99, there 128"):
         variants([dpo, longer], [])
+    slower = {"learning_rate": 1e-5, "warmup_fraction": 0.2, "beta2": 0.95}
+    sooner = write_run(world, tmp_path, "sooner", objective={"kind": "sft"}, optimizer=slower)
+    with pytest.raises(UserError, match=rf"{ALIKE} optimizer.warmup_fraction, optimizer.beta2: 0.2, there 0.1"):
+        variants([dpo, sooner], [])
+
+
+def test_what_differs_is_told_by_its_key(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    mpo = {"kind": "dpo", "beta": 0.5, "losses": {"sigmoid": 0.8, "sft": 1}, "reference": "online"}
+    rates = {"learning_rate": 1e-5, "warmup_fraction": 0.1, "weight_decay": 0.05}
+    files = [write_run(world, tmp_path, "dpo"), write_run(world, tmp_path, "mpo", objective=mpo, optimizer=rates)]
+    files.append(write_run(world, tmp_path, "sft", objective={"kind": "sft"}))
+    found = differences(variants(files, []))
+    assert found == {
+        "objective.kind": {"dpo": "dpo", "mpo": "dpo", "sft": "sft"},
+        "objective.beta": {"dpo": 0.5, "mpo": 0.5, "sft": None},
+        "objective.label_smoothing": {"dpo": 0.0, "mpo": 0.0, "sft": None},
+        "objective.losses.sigmoid": {"dpo": 1.0, "mpo": 0.8, "sft": None},
+        "objective.losses.sft": {"dpo": None, "mpo": 1.0, "sft": None},
+        "optimizer.learning_rate": {"dpo": 1e-3, "mpo": 1e-5, "sft": 1e-3},
+        "optimizer.weight_decay": {"dpo": 0.0, "mpo": 0.05, "sft": 0.0},
+    }
+    lines = [line.split() for line in differences_text(found, "").splitlines()]
+    assert lines[0] == ["what", "differs", "dpo", "mpo", "sft"]
+    assert ["optimizer.learning_rate", "0.001", "1e-05", "0.001"] in lines
+    assert ["objective.losses.sft", "none", "1", "none"] in lines
 
 
 def test_members_see_the_same_samples(world: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -80,13 +110,20 @@ def test_the_command(
     words += ["--seeds", "1", "2", "--train", str(world / "train"), "--test", str(world / "test"), "--per-class", "8"]
     write_pairs(tmp_path / "held_out", 6, seed=4, image_size=48, progress=False)
     words += ["--draws", "2", "--out", str(tmp_path / "out"), "--pairs", str(tmp_path / "held_out")]
-    assert main(words) == 0 and "compare: stopped in dpo-sft seed 1" in capsys.readouterr().err
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "compare: stopped in dpo-sft seed 1" in said
+    twin = "the SFT twin of dpo trains at dpo's own learning rate, 0.01; the recipe has one for SFT (5e-06, configs/run/2_sft.yaml)"
+    assert f"compare: {twin}" in said
     launcher.stop_in = None
     assert main(words) == 0
     assert launcher.runs == ["seed-1", "seed-1", "seed-2", "seed-2"]
     out = capsys.readouterr().out
     assert "all samples, encoder's accuracy, against the start:" in out and "dpo-sft - dpo: " in out and " points, " in out
-    found, answers, pairs = json.loads((tmp_path / "out" / "compare.json").read_text())["measured"]
+    assert out.startswith("what differs ") and twin in out
+    told = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert told["differences"]["objective.kind"] == {"dpo": "dpo", "dpo-sft": "sft"}
+    found, answers, pairs = told["measured"]
     assert (answers["measure"], pairs["measure"]) == ("answers right", "pairs right")
     assert answers["against_the_start"] is None  # what they began from is no whole model
     assert all(0.0 <= score["mean"] <= 1.0 for score in pairs["against_the_first_variant"]["scores"])
@@ -95,6 +132,7 @@ def test_the_command(
     assert np.mean(dpo["seeds"]) == pytest.approx(dpo["mean"])
     page = whole_page(tmp_path / "out" / "report.html")
     assert f"{100 * dpo['mean']:.2f}" in page.text and "learning rate 0.01" in page.text and "torch" in page.text
+    assert twin in page.text and "objective.kind dpo sft" in page.text
     whole = json.loads((tmp_path / "out" / "compare.json").read_text())
     steps = read_metrics(tmp_path / "out" / "all" / "dpo" / "seed-2" / "run")
     told = f"seed 2 {steps[0]['loss']:.4g} \u2192 {steps[-1]['loss']:.4g}"

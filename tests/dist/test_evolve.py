@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,12 @@ def test_an_encoder_goes_through_two_heads(
     # The second phase's reference is the model as it begins, so its first step moves nothing yet.
     assert read_metrics(out / "dpo-wider" / "run")[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
     encoders = json.loads((out / "dpo-wider" / "linear.json").read_text())["scores"]
-    assert [score["encoder"] for score in encoders] == [str(out / name / "encoder") for name in ("dpo", "dpo-wider")]
+    before, after = (str(out / name / "encoder") for name in ("dpo", "dpo-wider"))
+    assert [score["encoder"] for score in encoders] == [before, after, str(world / "encoder")]
+    assert told[1]["probed"]["in_all"] is None  # the encoder that it found is the schedule's first
+    means = {score["encoder"]: score["mean"] for score in encoders}
+    assert told[3]["probed"]["in_all"] == pytest.approx(means[after] - means[str(world / "encoder")])
+    assert told[3]["probed"]["difference"] == pytest.approx(means[after] - means[before])
 
     page = whole_page(out / "report.html")
     assert all(f"{100 * phase['probed']['accuracy']:.2f}" in page.text for phase in told if phase["probed"])
@@ -230,6 +235,27 @@ def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None
     evolution.require_gate(replace(result, probed=unsure))
     evolution.require_gate(replace(result, name="dpo"))  # which has no gate
     evolution.require_gate(replace(result, probed=None))
+
+
+def test_small_losses_add_up(world: Path, tmp_path: Path) -> None:
+    """No phase falls by more than its gate allows, and the schedule's first encoder is left behind."""
+    from pivot_megatron.recipe.phase_runs import phases_of
+    from pivot_megatron.recipe.schedule import load_schedule
+
+    file = write_schedule(world, tmp_path)
+    schedule = load_schedule(file, ["most_fallen_in_all=0.02"])
+    evolution = evolve.Evolution(schedule, phases_of(schedule, file), [str(file)])
+    probed = Probed(0.7, Interval(0.6, 0.8), -0.01, Interval(-0.015, -0.005), -0.04, Interval(-0.06, -0.03))
+    result = PhaseResult("dpo-wider", "dpo", "qwen2 48", True, 2, 24, 1.0, 0.7, 0.0, "encoder", probed)
+    assert PhaseResult.from_json(json.loads(json.dumps(asdict(result)))) == result
+    told = r"phase dpo-wider: the probe's accuracy has fallen since the schedule began by 4\.00 points, by more than 2\.00 for sure"
+    with pytest.raises(RuleError, match=told):
+        evolution.require_gate(result)
+    evolution.require_gate(replace(result, probed=replace(probed, in_all_interval=Interval(-0.06, -0.01))))
+    first = replace(probed, in_all=None, in_all_interval=None)  # the encoder that it found is the first
+    evolution.require_gate(replace(result, probed=first))
+    with pytest.raises(RuleError, match="has fallen since the schedule began by"):
+        evolution.require_gate(replace(result, name="dpo", probed=replace(first, difference_interval=Interval(-0.06, -0.03))))
 
 
 def one_trained(world: Path, folder: Path, workers: Workers) -> Path:

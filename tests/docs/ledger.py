@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 # What makes a run of the shipped configs small. It changes no path and no part of the recipe.
 SMALL = "batch.global_size=4 batch.micro_tokens=512 batch.epochs=null batch.steps=2 data.sequence_length=256 precision.compute=fp32"
 FEW = "--per-class 5 --draws 2"
+# The shards are small, too: of grow_7b's phases each takes all there are.
+ALL_OF_THEM = " ".join(f"phases.{n}.run.data.shards.0.most=null" for n in range(2, 12))
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ RUNS = (
     Run("pivot convert import --encoder clip-vit-large-patch14-336 --llm Qwen2.5-0.5B-Instruct --out checkpoint"),
     Run("pivot convert verify checkpoint --encoder clip-vit-large-patch14-336"),
     Run("pivot convert export checkpoint --part encoder --out export"),
-    Run("pivot evolve configs/evolve/grow_7b.yaml --runs"),
+    Run("pivot evolve configs/evolve/grow_7b.yaml --runs", f"every.batch.global_size=4 {ALL_OF_THEM}"),
     Run(
         "pivot plan configs/run/1a_align.yaml --encoder siglip2-so400m-patch16-384 --head qwen2.5-1.5b --samples 558000"
     ),
@@ -171,6 +173,7 @@ RUNS = (
 
 ELSEWHERE = {
     "make demo": "tests/dist/test_demo.py::test_demo_goes_on_after_ctrl_c_and_kill",
+    "pivot check configs/evolve/grow_7b.yaml": "tests/unit/test_schedule_ready.py::test_a_schedule_is_checked_as_one",
     "pivot evolve configs/evolve/single.yaml": "tests/dist/test_evolve.py::test_an_encoder_goes_through_two_heads",
     "pivot evolve configs/evolve/grow_7b.yaml": "tests/dist/test_evolve.py::test_an_encoder_goes_through_two_heads",
     "pivot evolve configs/evolve/tiny.yaml --processes 2": "tests/dist/test_evolve.py::test_an_encoder_goes_through_two_heads",

@@ -16,7 +16,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from pivot_megatron.cli import _parse, _parser, main
-from pivot_megatron.config.load import load_config
+from pivot_megatron.config.load import load_config, read_tree
 from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.comparison import variants
 from pivot_megatron.recipe.schedule import load_schedule
@@ -50,7 +50,7 @@ def require_sound(words: list[str]) -> None:
         variants([existing(file) for file in args.configs], args.changes)
     elif hasattr(args, "configs"):
         for file in (found for pattern in args.configs for found in expanded(str(pattern))):
-            load_config(Path(file))
+            (load_schedule if "phases" in read_tree(Path(file)) else load_config)(Path(file))
     elif hasattr(args, "config"):
         load_config(existing(args.config), args.overrides)
 

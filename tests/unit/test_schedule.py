@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from pivot_megatron.config.load import ConfigErrors, dump_config, load_config
-from pivot_megatron.config.schema import Component, Projector
+from pivot_megatron.config.schema import AnyRes, Component, Projector
 from pivot_megatron.config.shipped import shipped_config
+from pivot_megatron.convert.commands import import_checkpoint
 from pivot_megatron.convert.tiny_checkpoints import make_encoder, make_head, make_tokenizer
 from pivot_megatron.recipe.phase_runs import Phase, phases_of
 from pivot_megatron.recipe.schedule import load_schedule
@@ -28,7 +29,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`encoder`, and heads of three sizes, of which `b` and `c` are as wide as each other."""
+    """`encoder`, heads of three sizes, of which `b` and `c` are as wide as each other, and `start`, a checkpoint with `a`."""
     folder = tmp_path_factory.mktemp("models")
     make_encoder(folder / "encoder", image_size=16, patch_size=8, hidden_size=32, layers=3, heads=4, ffn=48, seed=0)
     tokenizer = make_tokenizer(["a red circle"], 300)
@@ -36,11 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_head(
             folder / name, tokenizer, hidden_size=hidden, layers=layers, heads=4, kv_heads=2, ffn=64, tied=True, seed=1
         )
+    import_checkpoint(folder / "encoder", folder / "a", folder / "start", feature_layer=None, seed=1)
     return folder
 
 
 def tree(models: Path, out: Path) -> dict[str, Any]:
-    """Align, prefer, change the head for a wider one, align, prefer, change it for one as wide, and prefer."""
+    """Align and prefer, with a head, then a wider one, then one as wide."""
 
     def phase(name: str, head: str | None = None, **run: Any) -> dict[str, Any]:
         return {
@@ -60,7 +62,8 @@ def tree(models: Path, out: Path) -> dict[str, Any]:
             phase("dpo-a", **dpo),
             phase("align-b", "b", parameters=[{"match": "encoder.*", "rate": "frozen"}]),
             phase("dpo-b", batch={"steps": 9}, **dpo),
-            phase("dpo-c", "c", seed=6, **dpo),
+            phase("align-c", "c"),
+            phase("dpo-c", seed=6, **dpo),
         ],
     }
 
@@ -74,20 +77,20 @@ def resolved(folder: Path, schedule: dict[str, Any], *overrides: str) -> list[Ph
 
 def test_phases_hand_on_what_fits(models: Path, tmp_path: Path) -> None:
     phases = resolved(tmp_path, tree(models, tmp_path / "out"))
-    names = ["align-a", "dpo-a", "align-b", "dpo-b", "dpo-c"]
+    names = ["align-a", "dpo-a", "align-b", "dpo-b", "align-c", "dpo-c"]
     assert [phase.name for phase in phases] == names
     runs = [Component(checkpoint=tmp_path / "out" / name / "run") for name in names]
     heads = {name: Component(hf=models / name) for name in "abc"}
     starts = [phase.config.model for phase in phases]
     assert starts[0].encoder.hf == models / "encoder"
     assert [start.encoder.checkpoint for start in starts[1:]] == [run.checkpoint for run in runs[:-1]]
-    assert [start.llm for start in starts] == [heads["a"], runs[0], heads["b"], runs[2], heads["c"]]
+    assert [start.llm for start in starts] == [heads["a"], runs[0], heads["b"], runs[2], heads["c"], runs[4]]
     nothing, handed_on = Projector(), [Projector(checkpoint=run.checkpoint) for run in runs]
-    assert [start.projector for start in starts] == [nothing, handed_on[0], nothing, handed_on[2], handed_on[3]]
-    assert [phase.projector for phase in phases] == [False, True, False, True, True]
-    assert [phase.config.seed for phase in phases] == [5, 5, 5, 5, 6]
-    assert [phase.config.batch.steps for phase in phases] == [5, 5, 5, 9, 5]
-    assert [phase.config.objective.kind for phase in phases] == ["sft", "dpo", "sft", "dpo", "dpo"]
+    assert [start.projector for start in starts] == [nothing, handed_on[0], nothing, *handed_on[2:5]]
+    assert [phase.projector for phase in phases] == [False, True, False, True, True, True]
+    assert [phase.config.seed for phase in phases] == [5, 5, 5, 5, 5, 6]
+    assert [phase.config.batch.steps for phase in phases] == [5, 5, 5, 9, 5, 5]
+    assert [phase.config.objective.kind for phase in phases] == ["sft", "dpo"] * 3
 
 
 def test_a_phase_is_a_run_like_any_other(models: Path, tmp_path: Path) -> None:
@@ -98,10 +101,23 @@ def test_a_phase_is_a_run_like_any_other(models: Path, tmp_path: Path) -> None:
 
 
 def test_overrides_and_a_start_from_checkpoints(models: Path, tmp_path: Path) -> None:
-    schedule = tree(models, tmp_path / "out") | {"projector": {"checkpoint": "runs/1b"}}
+    schedule = tree(models, tmp_path / "out") | {"projector": {"checkpoint": str(models / "start")}}
     first, *_ = resolved(tmp_path, schedule, "every.batch.micro_tokens=512", "phases.0.run.objective={kind: dpo}")
     assert first.config.batch.micro_tokens == 512 and first.config.objective.kind == "dpo" and first.projector
-    assert first.config.model.projector == Projector(checkpoint=Path("runs/1b"))
+    assert first.config.model.projector == Projector(checkpoint=models / "start")
+
+
+def test_tiles_stay_through_a_new_head(models: Path, tmp_path: Path) -> None:
+    """Whose fresh projector has none to bring along; what a phase says itself holds from there on."""
+    schedule = tree(models, tmp_path / "out")
+    schedule["phases"][0]["run"]["model"] = {"anyres": {"grids": [[1, 2]], "max_tiles": 3}}
+    schedule["phases"][3]["run"]["model"] = {"anyres": {"max_tiles": 2}}
+    tiles, own = AnyRes(((1, 2),), 3), AnyRes(max_tiles=2)
+    found = [phase.config.model.anyres for phase in resolved(tmp_path, schedule)]
+    assert found == [tiles, None, tiles, own, None, None]  # None: as the projector has it
+    del schedule["phases"][0]["run"]["model"]
+    wider = resolved(tmp_path, schedule, f"phases.4.head={models / 'a'}")
+    assert [phase.config.model.anyres for phase in wider] == [None, None, None, own, own, None]
 
 
 def test_an_override_changes_one_phase_alone(models: Path, tmp_path: Path) -> None:
@@ -122,9 +138,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a name that is a path": (["phases.1.name=../x"], "phases.1.name: expected letters, digits, dots and dashes"),
     "a name that is taken": (["phases.1.name=features"], "phases.1.name: expected letters"),
     "a name that is a tracker's": (["phases.1.name=wandb"], "phases.1.name: expected letters"),
+    "a name that is the report's": (["phases.1.name=report.html"], "phases.1.name: expected letters"),
+    "a name that is its JSON's": (["phases.1.name=evolution.json"], "phases.1.name: expected letters"),
     "a gate without a probe": (
         ["phases.1.most_fallen=0.1"],
         "phases.1.most_fallen: expected a share of 0 or more, and a",
+    ),
+    "a gate on all of nothing": (
+        ["most_fallen_in_all=0.1"],
+        "most_fallen_in_all: expected a share of 0 or more, and a probe",
     ),
     "an unknown key": (
         ["phases.1.most_falen=0.1"],
@@ -132,19 +154,38 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "an unknown key of a run": (
         ["phases.1.run.batch.stepz=1"],
-        "phases.1: batch.stepz: unknown key; did you mean batch.steps?",
+        "phases.1 (dpo-a): batch.stepz: unknown key; did you mean batch.steps?",
     ),
     "a model in a run": (
         ["phases.1.run.model.llm.hf=x"],
-        "phases.1: run.model.llm: follows from the schedule; leave it out",
+        "phases.1 (dpo-a): run.model.llm: follows from the schedule; leave it out",
     ),
-    "a model that is none": (["phases.1.run.model=5"], "phases.1: run.model: expected a mapping of keys, found 5"),
-    "a folder in every run": (["every.out=x"], "phases.0: every.out: follows from the schedule; leave it out"),
+    "a model that is none": (
+        ["phases.1.run.model=5"],
+        "phases.1 (dpo-a): run.model: expected a mapping of keys, found 5",
+    ),
+    "a folder in every run": (
+        ["every.out=x"],
+        "phases.0 (align-a): every.out: follows from the schedule; leave it out",
+    ),
     "no preference through a fresh projector": (
-        ["phases.2.run.objective={kind: dpo}"],
-        "phases.2: objective.kind: its head is new, so its projector starts fresh, through which no dpo can pass",
+        ["phases.0.run.objective={kind: dpo}"],
+        "phases.0 (align-a): objective.kind: its head is new, and its projector fresh or another head's, through which no dpo",
     ),
-    "a layout that cannot be": (["phases.3.run.layout.pipeline=7"], "phases.3: layout.pipeline: "),
+    "nor of a wider head": (
+        ["phases.2.run.objective={kind: dpo}"],
+        "phases.2 (align-b): objective.kind: its head is new",
+    ),
+    "nor of one as wide": (
+        ["phases.4.run.objective={kind: dpo}"],
+        "phases.4 (align-c): objective.kind: its head is new",
+    ),
+    "a layout that cannot be": (["phases.3.run.layout.pipeline=7"], "phases.3 (dpo-b): layout.pipeline: "),
+    "a rule that nothing answers to": (
+        ["phases.3.run.parameters=[{match: nothing.*, rate: frozen}]"],
+        "phases.3 (dpo-b): parameters.0.match: no parameter is named like 'nothing.*'",
+    ),
+    "a projector that is not there": (["projector.checkpoint=nowhere"], "projector: nowhere"),
     "two encoders": (["encoder.checkpoint=x"], "encoder: expected one of hf, checkpoint and fresh"),
     "a projector of a folder": (["projector.hf=x"], "projector: expected a checkpoint, or nothing for a fresh one"),
     "no phases": (["phases=[]"], "phases: expected one at least, found none"),
@@ -178,11 +219,11 @@ def test_what_a_base_says_of_the_model_is_not_lost(
         resolved(tmp_path, schedule)
     where = "for all phases" if part == "encoder" else "of its first phase alone"
     assert str(caught.value) == (
-        f"{tmp_path / 'schedule.yaml'}: phases.1: run.base: outer.yaml sets model.{part}.{key} to {value}, which the schedule "
-        f"says {where}; take it out of outer.yaml, and set {part}.{key} in the schedule where that is meant"
+        f"{tmp_path / 'schedule.yaml'}: phases.1 (dpo-a): run.base: outer.yaml sets model.{part}.{key} to {value}, which the "
+        f"schedule says {where}; take it out of outer.yaml, and set {part}.{key} in the schedule where that is meant"
     )
     schedule["phases"][1]["run"]["base"] = ["outer.yaml", "run.yaml", "taken.yaml"]
-    assert len(resolved(tmp_path, schedule)) == 5
+    assert len(resolved(tmp_path, schedule)) == 6
 
 
 def test_what_a_base_and_the_schedule_both_say_is_kept(models: Path, tmp_path: Path) -> None:
@@ -200,10 +241,15 @@ def test_every_mistake_is_told_at_once(models: Path, tmp_path: Path) -> None:
             tmp_path,
             tree(models, tmp_path / "out"),
             "phases.1.run.batch.stepz=1",
+            "phases.2.head=nowhere",
             "phases.3.run.layout.pipeline=7",
-            "phases.4.run.optimizer=null",
+            "phases.5.run.optimizer=null",
+            "phases.5.run.layout.pipeline=7",
+            f"encoder.hf={models / 'lost'}",
         )
-    assert [line.split(": ")[1] for line in caught.value.errors] == ["phases.1", "phases.3", "phases.4"]
+    where = [line.removeprefix(f"{tmp_path / 'schedule.yaml'}: ").split(": ")[0] for line in caught.value.errors]
+    assert where == ["encoder", "phases.1 (dpo-a)", "phases.2 (align-b)", "phases.5 (dpo-c)"]
+    assert "phases.2 (align-b): head: nowhere/config.json: no such file" in str(caught.value)
 
 
 def test_a_fresh_encoder_cannot_be_probed(models: Path, tmp_path: Path) -> None:

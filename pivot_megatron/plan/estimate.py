@@ -342,7 +342,7 @@ def _sends(model: Model, machine: Machine, data_parallel: int, chunk: Chunk, pac
     layout = model.layout
     if layout.pipeline == 1:
         return 0.0
-    link = machine.links(
+    link = machine.pairs(
         layout.pipeline, layout.tensor * data_parallel, layout.model_parallel_size * data_parallel
     ).send
     size = 2 if model.precision.compute == "bf16" else 4

@@ -19,13 +19,13 @@ from pivot_megatron.plan.explain import arithmetic
 from pivot_megatron.plan.hardware import GIB, gpu
 from pivot_megatron.plan.layer_work import Numbers, forward
 from pivot_megatron.plan.limits import spent
-from pivot_megatron.plan.machine import Link, Links
+from pivot_megatron.plan.machine import Link
 from pivot_megatron.plan.model_work import head_layer
 from pivot_megatron.plan.operations import operations
 from pivot_megatron.plan.plan import plan, plan_one, recomputing
 from pivot_megatron.plan.step_time import ends
 from pivot_megatron.plan.workload import Lengths, visible
-from tests.plans import HEADS, SO400M, model
+from tests.plans import HEADS, SO400M, alike, model
 
 SEVEN = model(SO400M, HEADS["7B"])
 H100 = gpu("h100")
@@ -36,10 +36,6 @@ PAIRS = 32
 def subject(arch: Architecture, samples: int = PAIRS, mode: Any = "full", **more: Any) -> Subject:
     batch = Batch(samples, 8192, steps=10)
     return Subject(arch, Precision(), Recompute(mode, mode), (), batch, (PAIR,) * samples, 10, **more)
-
-
-def alike(link: Link) -> Links:
-    return Links(link, link, link, link)
 
 
 def unpadded(arch: Architecture) -> Architecture:
@@ -149,12 +145,15 @@ def test_messages_between_tensor_parallel_ranks_by_hand(tensor: int) -> None:
 
 
 def test_messages_between_replicas_by_hand() -> None:
-    """float32 gradients out, bf16 weights back, each (n - 1) / n of the whole, over the slower link where nodes are left."""
+    """float32 gradients out, bf16 weights back, each (n - 1) / n of the whole; where nodes are left, over a network port for each
+    of a group's members on a node."""
     machine = replace(H100, node=alike(Link.of(1.0, 1e9)), network=alike(Link.of(2.0, 1e8)))
     near = ends(10**9, Layout(), Precision(), machine, 4, 0.0, 0)
     assert (near.gradients, near.gather) == pytest.approx((1 + 4 * 0.75, 1 + 2 * 0.75), rel=1e-12)
     far = ends(10**9, Layout(), Precision(), machine, 16, 0.0, 0)
-    assert (far.gradients, far.gather) == pytest.approx((2 + 40 * 15 / 16, 2 + 20 * 15 / 16), rel=1e-12)
+    assert (far.gradients, far.gather) == pytest.approx((2 + 40 / 8 * 15 / 16, 2 + 20 / 8 * 15 / 16), rel=1e-12)
+    apart = ends(10**9, Layout(tensor=4), Precision(), machine, 16, 0.0, 0)
+    assert (apart.gradients, apart.gather) == pytest.approx((8 + 40 / 2 * 15 / 16, 8 + 20 / 2 * 15 / 16), rel=1e-12)
     hidden = ends(10**9, Layout(overlap_gradient_reduce=True), Precision(), machine, 4, 3.0, 0)
     assert hidden.gradients == pytest.approx(1.0, rel=1e-12)
 

@@ -117,7 +117,9 @@ class Machine(Strict):
     largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it, of which a
     machine that was measured by itself knows nothing. `logits_tile`: bytes of logits that stand at once;
     `transformer_engine`: layers are its own. `reduction_copy`: bytes that a reduction over replicas takes beside each of its
-    buffer's: gloo works on a copy, NCCL in place."""
+    buffer's: gloo works on a copy, NCCL in place. `fp8_transposes`: products in FP8 read a weight along one side alone, so that
+    a backward pass needs it transposed, as Hopper's do. `images_a_second`: that loaders feed a device; None where no one knows.
+    """
 
     name: str
     source: str
@@ -130,6 +132,8 @@ class Machine(Strict):
     logits_tile: float
     transformer_engine: bool
     reduction_copy: float
+    fp8_transposes: bool = True
+    images_a_second: float | None = None
 
     def rates_of(self, processes: int) -> Rates:
         """Of a device while `processes` run, at most a node's devices of them side by side."""

@@ -18,7 +18,7 @@ from pivot_megatron.plan.estimate import Subject, estimate
 from pivot_megatron.plan.explain import arithmetic
 from pivot_megatron.plan.hardware import GIB, gpu
 from pivot_megatron.plan.layer_work import Numbers, forward
-from pivot_megatron.plan.limits import spent
+from pivot_megatron.plan.limits import limited_by, spent
 from pivot_megatron.plan.machine import Link
 from pivot_megatron.plan.model_work import head_layer
 from pivot_megatron.plan.operations import operations
@@ -138,7 +138,7 @@ def test_an_online_reference_is_one_more_set_of_weights_and_one_more_forward_pas
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_messages_between_tensor_parallel_ranks_by_hand(tensor: int) -> None:
     """A layer gathers and scatters its sequence twice."""
-    numbers = Numbers("bf16", "bf16", tensor, True)
+    numbers = Numbers("bf16", tensor, True)
     found = forward(head_layer(SEVEN.head), numbers, 1000, [(1000, 1000)], None)
     sent = sum(op.traffic for op in found if op.kind == "message")
     assert sent == pytest.approx(4 * (tensor - 1) / tensor * 1000 * 3584 * 2, rel=1e-12)
@@ -164,6 +164,22 @@ def test_tied_words_are_added_up_over_the_first_and_the_last_stage() -> None:
     near, far = (ends(0, Layout(pipeline=stages), Precision(), machine, 4, 0.0, 10**8) for stages in (2, 4))
     assert near.gradients - 1 == pytest.approx(1 + 0.4, rel=1e-12)
     assert far.gradients - 1 == pytest.approx(2 + 4.0, rel=1e-12)
+
+
+def test_loaders_that_are_slower_than_devices_set_the_pace() -> None:
+    """They run steps ahead, so a step takes as long as the slower of the two; without a rate it is the devices."""
+    free, fed, starved = (
+        estimate(subject(SEVEN), Layout(), 8, replace(H100, images_a_second=rate)) for rate in (None, 1000.0, 0.5)
+    )
+    assert free.images == 4  # one image a pair, and eight replicas
+    assert free.step_seconds == fed.step_seconds == fed.device_seconds and fed.loading_seconds == 4 / 1000
+    assert starved.step_seconds == 8.0 and starved.device_seconds == fed.device_seconds < 8.0
+    assert spent(starved)["waiting for data"] == pytest.approx(8.0 - fed.device_seconds)
+    assert sum(spent(starved).values()) == pytest.approx(8.0) and spent(fed)["waiting for data"] == 0
+    assert limited_by(starved) == f"data: loaders take 8.000 s a step, devices {fed.device_seconds:.3f}"
+    assert not limited_by(fed).startswith("data")
+    cached = replace(starved, subject=replace(starved.subject, reference=9.0))
+    assert cached.hours == pytest.approx((10 + 9) * 8.0 / 3600)
 
 
 CUT = list(layouts(SEVEN, Precision(), Layout(), 16, 8, PAIRS))
@@ -219,7 +235,7 @@ def test_a_batch_several_times_over_is_packed_as_one() -> None:
     times = replace(subject(SEVEN, 16), batch=Batch(64, 8192, steps=10), times=4)
     for layout, gpus in ((Layout(), 8), (Layout(tensor=2), 32), (Layout(pipeline=2, virtual_pipeline=2), 16)):
         one, other = estimate(laid, layout, gpus, H100), estimate(times, layout, gpus, H100)
-        assert (one.step_seconds, one.pairs_a_second) == pytest.approx((other.step_seconds, other.pairs_a_second))
+        assert (one.step_seconds, one.samples_a_second) == pytest.approx((other.step_seconds, other.samples_a_second))
 
 
 def test_the_fastest_that_fits_comes_first_whatever_is_left_out() -> None:

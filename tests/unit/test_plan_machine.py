@@ -153,7 +153,12 @@ def test_files_that_are_no_machine_are_refused(tmp_path: Path, text: str | None)
 def test_every_published_size_is_an_architecture() -> None:
     encoders, heads = (published_configs(kind) for kind in ("encoders", "heads"))
     for encoder in encoders:
-        assert known_architecture(encoder, "qwen2.5-0.5b").encoder.family == "siglip"
+        found = known_architecture(encoder, "qwen2.5-0.5b").encoder
+        name = encoder.replace("2", "").replace("vit-mae", "mae")
+        assert name.startswith(found.family.rstrip("2")) and found.tokens in (196, 256, 576, 729, 1369)
+    assert {"dinov2", "clip", "vit", "mae", "moco"} < {
+        known_architecture(e, "qwen3-8b").encoder.family for e in encoders
+    }
     for head in heads:
         assert known_architecture("siglip2-base-patch16-384", head).head.layers == heads[head]["num_hidden_layers"]
 

@@ -126,8 +126,8 @@ def weights_of(subject: Subject) -> Weights:
 
 def _precision(best: Estimate) -> str:
     precision, (dtype, peak) = best.subject.precision, best.peak
-    told, fp8 = precision.compute, precision.fp8
-    if fp8:
+    told: str = precision.compute
+    if fp8 := precision.fp8:
         parts = [name for name, on in (("the encoder", fp8.encoder), ("the language model", fp8.llm)) if on]
         told += f", linears of {' and '.join(parts)} in FP8 ({fp8.recipe})"
         if fp8.first_layers_bf16 or fp8.last_layers_bf16:

@@ -18,7 +18,7 @@ help:
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make test-long    fifty kills, two thousand steps, jobs that SLURM queues again'
 	@echo 'make check        lint, format, types, import rules, scripts, Dockerfiles'
-	@echo 'make docs         write docs/configuration.md from the schema'
+	@echo 'make docs         write docs/configuration.md from the schema, and what docs/plan.md prints, in minutes'
 	@echo 'make site         build the documentation into site/, to be read without a network'
 	@echo 'make constraints  write the versions of this environment into constraints.txt'
 	@echo 'make clean        remove the environment and what tools left behind'
@@ -49,6 +49,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pivot_megatron.config.document > docs/configuration.md.part
 	mv docs/configuration.md.part docs/configuration.md
+	$(BIN)/python -m pivot_megatron.plan.document docs/plan.md
 
 # What material says of a later mkdocs is no matter of ours: the version is pinned.
 site: export NO_MKDOCS_2_WARNING := 1

@@ -7,6 +7,7 @@ from typing import Any
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
 from pivot_megatron.model.composition import Architecture
 from pivot_megatron.plan.hardware import published_configs
+from pivot_megatron.plan.machine import Link, Links
 
 SO400M = published_configs("encoders")["siglip2-so400m-patch16-384"]
 HEADS = {size: published_configs("heads")[f"qwen2.5-{size.lower()}"] for size in ("0.5B", "1.5B", "7B", "72B")}
@@ -47,3 +48,7 @@ def model(encoder: dict[str, Any], head: dict[str, Any]) -> Architecture:
 _SMALL = SO400M | {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY = model(_SMALL, qwen2(64, 96, 4, 4, 2, 300, tied=True))
 TINY_UNTIED = model(_SMALL, qwen2(64, 96, 4, 4, 2, 300, tied=False))
+
+
+def alike(link: Link) -> Links:
+    return Links(link, link, link, link)

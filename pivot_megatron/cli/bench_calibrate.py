@@ -19,7 +19,7 @@ def add(verb: Verb, group: Groups) -> None:
         "--processes",
         type=int,
         nargs="+",
-        help="so many at once, each on its GPU or its share of the cores (default: 1 and all)",
+        help="so many at once, each on its GPU or its share of the cores (default: 1, 2 and all)",
     )
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of what is timed (default: bf16 on GPUs, else fp32)")
     p.add_argument("--out", type=Path, default=_OUT, help=f"for `pivot plan --machine` (default: {_OUT})")

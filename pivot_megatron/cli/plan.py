@@ -71,7 +71,8 @@ def _plan(args: argparse.Namespace) -> int:
     report = make_report(request, args.out)
     print(as_json(report) if args.json else said(request, report))
     print(f"plan: {args.out / 'report.html'}", file=sys.stderr)
-    return 1 if report.dry_run and not report.dry_run.passed else 0
+    as_planned = report.dry_run is None or report.dry_run.passed
+    return 0 if report.plan.best.fits and as_planned else 1
 
 
 def _machine(args: argparse.Namespace) -> Machine:

@@ -15,7 +15,7 @@ from pivot_megatron.plan.machine import Machine
 from pivot_megatron.plan.plan import plan, plan_one
 from pivot_megatron.plan.plot import write_plan_plot, write_scaling_plot
 from pivot_megatron.plan.rehearsal import Build
-from pivot_megatron.plan.report import Report, scaling_rows, write_report
+from pivot_megatron.plan.report import Report, scaling_gaps, scaling_rows, write_report
 from pivot_megatron.plan.scaling import scaling
 from pivot_megatron.plan.subject import planned
 from pivot_megatron.plan.text import as_text
@@ -54,6 +54,7 @@ def make_report(request: Request, out: Path) -> Report:
         found,
         made,
         request.top,
+        request.explain,
         scaling(found.subject, config.layout, request.gpus, request.machine) if request.scaling else None,
         dry_run(_build(made.best)) if request.dry_run else None,
     )
@@ -69,7 +70,7 @@ def said(request: Request, report: Report) -> str:
     if request.explain is not None:
         parts.append(f"Rank {request.explain}: {explain(report.plan.estimates[request.explain - 1])}")
     if report.scaling:
-        parts.append("\n".join(aligned(scaling_rows(report.scaling))))
+        parts.append("\n".join([*aligned(scaling_rows(report.scaling)), *scaling_gaps(report.scaling)]))
     if report.dry_run:
         parts.append(_dry(request, report.dry_run))
     return "\n\n".join(parts)

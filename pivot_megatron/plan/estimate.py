@@ -43,6 +43,11 @@ class Subject:
     token_multiple: int = PACK_MULTIPLE
     times: int = 1
 
+    @property
+    def unit(self) -> str:
+        """What a global batch is counted in."""
+        return "pairs" if len(self.samples[0].branches) == 2 else "samples"
+
 
 @dataclass(frozen=True)
 class ChunkSeconds:
@@ -128,15 +133,32 @@ class Estimate:
 
     @cached_property
     def step_seconds(self) -> float:
+        """Loaders run steps ahead, so whoever is slower sets the pace."""
+        return max(self.device_seconds, self.loading_seconds)
+
+    @cached_property
+    def device_seconds(self) -> float:
+        """Of a step whose data are there."""
         reference = self.forward_seconds if self.subject.online else 0.0
         return self.passages_seconds + reference + self.ends_seconds
+
+    @property
+    def images(self) -> int:
+        """Of a step, that the rank with the most work loads."""
+        return sum(sample.images for pack in self.packs for sample in pack.samples)
+
+    @property
+    def loading_seconds(self) -> float:
+        """Of a step's images on the rank with the most work; 0 where no one knows what loaders feed."""
+        rate = self.machine.images_a_second
+        return self.images / rate if rate else 0.0
 
     @cached_property
     def ends_seconds(self) -> float:
         return max(stage.ends.total for stage in self.stages)
 
     @property
-    def pairs_a_second(self) -> float:
+    def samples_a_second(self) -> float:
         return self.subject.times * len(self.subject.samples) / self.step_seconds
 
     @property
@@ -147,14 +169,21 @@ class Estimate:
     @property
     def utilisation(self) -> float:
         """MFU: what the model takes by count, of the devices' peak."""
-        dtype = "fp8" if self.subject.precision.fp8_of("llm") else self.subject.precision.compute
-        peak = self.machine.rates_of(self.gpus).peak[dtype]
+        _, peak = self.peak
         return model_flops(self.subject) / (self.step_seconds * self.gpus * peak)
 
     @property
-    def hours(self) -> float:
-        """Of the run's steps, and of the reference pass before them."""
-        reference = self.subject.reference * self.forward_seconds
+    def peak(self) -> tuple[str, float]:
+        """(dtype, FLOP/s) that utilisation is counted against: what the language model's products are in."""
+        dtype = "fp8" if self.subject.precision.fp8_of("llm") else self.subject.precision.compute
+        return dtype, self.machine.rates_of(self.gpus).peak[dtype]
+
+    @property
+    def hours(self) -> float | None:
+        """Of the run's steps, and of the reference pass before them; None where it is not known how many there are."""
+        if not self.subject.steps:
+            return None
+        reference = self.subject.reference * max(self.forward_seconds, self.loading_seconds)
         return (self.subject.steps * self.step_seconds + reference) / 3600
 
     @property
@@ -175,7 +204,7 @@ class Estimate:
         slow = self.slowest
         passages = (slow.passage + slow.forward if self.subject.online else slow.passage).scaled(len(self.packs))
         parts = {
-            "data": 0.0,
+            "data": self.step_seconds - self.device_seconds,
             "encoder": passages.encoder,
             "head": passages.head,
             "communication": passages.messages + slow.ends.gradients + slow.ends.gather,
@@ -260,7 +289,7 @@ class _Passages:
         self._model, self._rules = model, rules
         self._rates, self._links = machine.rates_of(gpus), machine.links(model.layout.tensor, 1, gpus)
         self._packs = Counter(packs)
-        self._known: dict[tuple[int, bool, bool], tuple[Passage, Passage, float]] = {}
+        self._known: dict[tuple[object, ...], tuple[Passage, Passage, float]] = {}
 
     def of(self, chunk: Chunk) -> Passage:
         return self._counted(chunk)[0]
@@ -277,7 +306,7 @@ class _Passages:
         return self._counted(chunk)[2]
 
     def _counted(self, chunk: Chunk) -> tuple[Passage, Passage, float]:
-        kind = (len(chunk.layers), chunk.first, chunk.last)
+        kind = (len(chunk.layers), *self._model.kinds("llm", chunk.layers), chunk.first, chunk.last)
         if kind not in self._known:
             weights = _weights(self._model.arch, self._model.layout.tensor, chunk, self._rules)
             works = [(self._model.work(chunk, pack, weights), n) for pack, n in self._packs.items()]
@@ -340,7 +369,7 @@ def _sends(model: Model, machine: Machine, data_parallel: int, chunk: Chunk, pac
     layout = model.layout
     if layout.pipeline == 1:
         return 0.0
-    link = machine.links(
+    link = machine.pairs(
         layout.pipeline, layout.tensor * data_parallel, layout.model_parallel_size * data_parallel
     ).send
     size = 2 if model.precision.compute == "bf16" else 4

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
 
 from pivot_megatron.plan.columns import aligned
 from pivot_megatron.plan.estimate import Estimate
 from pivot_megatron.plan.hardware import GIB
+from pivot_megatron.plan.layer_work import Numbers
 from pivot_megatron.plan.limits import spent
-from pivot_megatron.plan.memory import Memory, encoder_in_flight, in_flight, kept_bytes, weight_bytes
-from pivot_megatron.plan.model_work import encoder_layer, head_layer, numbers_of
+from pivot_megatron.plan.memory import (
+    Memory,
+    copied_weights,
+    encoder_in_flight,
+    in_flight,
+    kept_bytes,
+    stage_kinds,
+    weight_bytes,
+)
+from pivot_megatron.plan.model_work import encoder_layer, head_layer
 from pivot_megatron.plan.operations import operations
 from pivot_megatron.plan.plan import recomputing
+from pivot_megatron.plan.step_time import Ends
 from pivot_megatron.plan.text import layers, recompute
 
 
@@ -50,6 +62,40 @@ def explain(found: Estimate) -> str:
     )
 
 
+def _kind(how: Numbers) -> str:
+    return " in FP8" if how.recipe else f" in {how.dtype}"
+
+
+def explained(found: Estimate) -> dict[str, Any]:
+    """What `explain` says, for programs: bytes, FLOPs and seconds."""
+    slow, ends = found.stages.index(found.slowest), _longest_ends(found)
+    return {
+        "micro_batch_tokens": [pack.tokens for pack in found.packs],
+        "memory": [
+            {part: {"how": how, "bytes": getattr(one.memory, part)} for part, how in _sums(found, n).items()}
+            for n, one in enumerate(found.stages)
+        ],
+        "recompute": {
+            mode: {"step_seconds": other.step_seconds, "peak_bytes": other.peak_bytes, "fits": other.fits}
+            for mode, other in recomputing(found).items()
+        },
+        "slowest_stage": slow,
+        "operations": [asdict(op) for op in operations(found, slow)],
+        "sends_seconds": found.slowest.sends,
+        "micro_batch_seconds": found.slowest.passage.total,
+        "micro_batches_seconds": found.passages_seconds,
+        "online_reference_seconds": found.forward_seconds if found.subject.online else 0.0,
+        "ends_seconds": asdict(ends),
+        "device_seconds": found.device_seconds,
+        "loading_seconds": found.loading_seconds if found.machine.images_a_second else None,
+        "step_seconds": found.step_seconds,
+    }
+
+
+def _longest_ends(found: Estimate) -> Ends:
+    return max((stage.ends for stage in found.stages), key=lambda ends: ends.total)
+
+
 def memory_rows(found: Estimate) -> list[list[str]]:
     """A stage each, the heads first."""
     parts = [field.name for field in fields(Memory)]
@@ -69,27 +115,43 @@ def memory_rows(found: Estimate) -> list[list[str]]:
 
 def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
     """[part, how, GiB], each of the stage's parts."""
+    memory = found.stages[stage].memory
+    rows = [[part, how, _gib(getattr(memory, part))] for part, how in _sums(found, stage).items()]
+    return [*rows, ["total", f"of {_gib(found.machine.memory)} usable", _gib(memory.total)]]
+
+
+def _sums(found: Estimate, stage: int) -> dict[str, str]:
+    """How each part of a stage's memory comes about, in the order of `Memory`."""
     one, subject = found.stages[stage], found.subject
     size, replicas = weight_bytes(subject.precision), found.data_parallel
     pack = max(found.packs, key=lambda p: p.tokens)
-    numbers = numbers_of(subject.precision, "llm", found.layout.tensor, found.machine.transformer_engine)
-    head = kept_bytes(head_layer(subject.arch.head), numbers, pack.tokens, pack.keys, subject.recompute.llm)
+    model, own = found.model, found.chunks_of(stage)
+    head = {
+        how: kept_bytes(head_layer(subject.arch.head), how, pack.tokens, pack.keys, subject.recompute.llm)
+        for how in stage_kinds(model, own)
+    }
     alive = in_flight(found.layout, stage, len(found.packs))
     filled = encoder_in_flight(found.layout, len(found.packs))
-    vision = numbers_of(subject.precision, "encoder", found.layout.tensor, found.machine.transformer_engine)
     images, places = pack.images(subject.arch.encoder.places)
-    kept = subject.arch.encoder_layers if any(w.encoder for w in one.weights) else 0  # a frozen encoder keeps nothing
-    seen = kept_bytes(encoder_layer(subject.arch.encoder), vision, places, places, subject.recompute.encoder)
-    first = stage == 0
+    trains = any(w.encoder for w in one.weights)
+    seen = {
+        how: kept_bytes(encoder_layer(subject.arch.encoder), how, places, places, subject.recompute.encoder)
+        for how, _ in model.kinds("encoder")
+    }
+    # A frozen encoder keeps nothing.
+    seeing = _layers_of(dict(model.kinds("encoder")), seen, subject.recompute.encoder) if trains else "0 layers"
+    copies = copied_weights(model, found.machine, own, trains)
+    first, last = stage == 0, stage == found.layout.pipeline - 1
     how = {
         "weights": f"{one.parameters:,} parameters x {size} bytes",
+        "copies": " + ".join(f"{n:,} weights of linears in FP8 x {each} bytes" for n, each in copies)
+        or "nothing in FP8",
         "gradients": f"{one.trained:,} trained x 4 bytes",
         "optimizer": f"{one.trained:,} trained x {8 if size == 4 else 12} bytes / {replicas} replicas",
-        "activations": f"{one.layers} layers x {_mib(head)} MiB a layer ({subject.recompute.llm}) of {pack.tokens:,} tokens x "
+        "activations": f"{_layers_of(stage_kinds(model, own), head, subject.recompute.llm)} of {pack.tokens:,} tokens x "
         f"{alive:g} micro-batches in flight, and what stands between stages"
-        + (", less what the last layer keeps of answers alone" if stage == found.layout.pipeline - 1 else ""),
-        "encoder": f"{kept} layers x {_mib(seen)} MiB a layer ({subject.recompute.encoder}) of "
-        f"{images} images, {places:,} places x {filled} in flight, projector and pixels"
+        + (", less what the last layer keeps of answers alone" if last and subject.recompute.llm != "full" else ""),
+        "encoder": f"{seeing} of {images} images, {places:,} places x {filled} in flight, projector and pixels"
         if first
         else "none on this stage",
         "logits": f"tiles of up to {found.machine.logits_tile / 2**20:.0f} MiB, {pack.scored:,} tokens of answers"
@@ -100,8 +162,15 @@ def arithmetic(found: Estimate, stage: int) -> list[list[str]]:
         "reference": "a frozen model's weights" if one.memory.reference else "none: not run within a step",
         "process": "before any model: context, libraries, buffers of collectives",
     }
-    rows = [[field.name, how[field.name], _gib(getattr(one.memory, field.name))] for field in fields(Memory)]
-    return [*rows, ["total", f"of {_gib(found.machine.memory)} usable", _gib(one.memory.total)]]
+    return {field.name: how[field.name] for field in fields(Memory)}
+
+
+def _layers_of(kinds: Mapping[Numbers, int], kept: Mapping[Numbers, float], mode: str) -> str:
+    """How many layers keep how much, those in FP8 and others apart where there are both."""
+    return " and ".join(
+        f"{count} layers{_kind(how) if len(kinds) > 1 or how.recipe else ''} x {_mib(kept[how])} MiB a layer ({mode})"
+        for how, count in kinds.items()
+    )
 
 
 def mode_rows(found: Estimate) -> list[list[str]]:
@@ -137,14 +206,20 @@ def step_lines(found: Estimate) -> list[str]:
     ]
     if found.subject.online:
         lines.append(f"Frozen reference, forward: {_ms(found.forward_seconds)} ms")
-    end = max((stage.ends for stage in found.stages), key=lambda ends: ends.total)
+    end = _longest_ends(found)
     stage = [stage.ends for stage in found.stages].index(end)
     hidden = found.layout.overlap_gradient_reduce or found.layout.overlap_parameter_gather
     lines += [
         f"Ends, on stage {stage}: gradients {_ms(end.gradients)} + optimizer {_ms(end.update)} + weights {_ms(end.gather)} ms"
         f"{', messages as far as nothing hides them' if hidden else ''}",
-        f"Step: {_ms(found.step_seconds)} ms",
     ]
+    if rate := found.machine.images_a_second:
+        beside = "longer than" if found.loading_seconds > found.device_seconds else "within"
+        lines.append(
+            f"Data, loaded steps ahead: {found.images} images / {rate:,.0f} a second = {_ms(found.loading_seconds)} ms, "
+            f"{beside} the devices' {_ms(found.device_seconds)} ms"
+        )
+    lines.append(f"Step: {_ms(found.step_seconds)} ms")
     return lines
 
 

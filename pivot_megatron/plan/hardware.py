@@ -68,6 +68,8 @@ def gpu(name: str) -> Machine:
         logits_tile=assumed["logits_tile_mebibytes"] * 2.0**20,
         transformer_engine=True,
         reduction_copy=0.0,
+        fp8_transposes=sheet.get("fp8_transposes", True),
+        images_a_second=assumed["loader"]["cores_a_gpu"] * assumed["loader"]["images_a_second_a_core"],
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pivot_megatron.config.schema import Fp8Recipe
 from pivot_megatron.plan.machine import Collective
 from pivot_megatron.plan.workload import visible
 
@@ -28,13 +29,18 @@ class Operation:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How a part computes: `dtype` of its activations and `gemm` of its linears' inputs (`fp8`, or the same); `tensor` ranks,
-    over which norms' and residuals' tokens are split too; `fused_norms`: a norm is one kernel, as Transformer Engine's."""
+    """How a layer computes: `dtype` of its activations; `tensor` ranks, over which norms' and residuals' tokens are split too;
+    `fused_norms`: a norm is one kernel, as Transformer Engine's; `recipe` of its linears, None where these are not in FP8."""
 
     dtype: Literal["bf16", "fp32"]
-    gemm: Literal["bf16", "fp32", "fp8"]
     tensor: int
     fused_norms: bool
+    recipe: Fp8Recipe | None = None
+
+    @property
+    def gemm(self) -> Literal["bf16", "fp32", "fp8"]:
+        """Of its linears' inputs."""
+        return "fp8" if self.recipe else self.dtype
 
     @property
     def size(self) -> int:

@@ -28,13 +28,17 @@ def spent(found: Estimate) -> dict[str, float]:
         "messages between nodes": near.get(False, 0.0),
         "optimizer": parts["optimizer"],
         "pipeline idle": idle,
+        "waiting for data": parts["data"],
     }
 
 
 def limited_by(found: Estimate) -> str:
-    """In a few words: where a layout does not fit, by how much and on which stage; else what takes most of its step."""
+    """In a few words: where a layout does not fit, by how much and on which stage; else loaders, if they are what devices
+    wait for, or what takes most of a step."""
     if not found.fits:
         over = found.peak_bytes - found.machine.memory
         return f"memory: does not fit, {over / GIB:.1f} GiB too much on stage {found.fullest}"
+    if found.loading_seconds > found.device_seconds:
+        return f"data: loaders take {found.loading_seconds:.3f} s a step, devices {found.device_seconds:.3f}"
     what, seconds = max(spent(found).items(), key=lambda item: item[1])
     return f"{what}, {seconds / found.step_seconds:.0%}"

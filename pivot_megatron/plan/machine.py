@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -73,6 +74,10 @@ class Link(Strict):
             return float(messages * (seconds[-1] + (size - sizes[-1]) / self.bandwidth))
         return messages * float(np.interp(size, sizes, seconds))
 
+    def changed(self, begins: float, factor: float) -> Link:
+        """One that takes `begins` seconds to begin with, and of all that comes on top `factor` times as long."""
+        return Link(tuple((size, begins + factor * (seconds - self.seconds)) for size, seconds in self.points))
+
 
 Collective = Literal["gather", "scatter", "reduce", "send"]
 COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
@@ -112,7 +117,9 @@ class Machine(Strict):
     largest number that is not above a run's holds. `node`, `network`: links between devices of a node, and past it, of which a
     machine that was measured by itself knows nothing. `logits_tile`: bytes of logits that stand at once;
     `transformer_engine`: layers are its own. `reduction_copy`: bytes that a reduction over replicas takes beside each of its
-    buffer's: gloo works on a copy, NCCL in place."""
+    buffer's: gloo works on a copy, NCCL in place. `fp8_transposes`: products in FP8 read a weight along one side alone, so that
+    a backward pass needs it transposed, as Hopper's do. `images_a_second`: that loaders feed a device; None where no one knows.
+    """
 
     name: str
     source: str
@@ -125,6 +132,8 @@ class Machine(Strict):
     logits_tile: float
     transformer_engine: bool
     reduction_copy: float
+    fp8_transposes: bool = True
+    images_a_second: float | None = None
 
     def rates_of(self, processes: int) -> Rates:
         """Of a device while `processes` run, at most a node's devices of them side by side."""
@@ -133,8 +142,30 @@ class Machine(Strict):
         return self.rates[max(known) if known else min(self.rates)]
 
     def links(self, devices: int, apart: int, world: int) -> Links:
-        """Of groups of `devices` that stand `apart` ranks from one another, of `world` ranks in all. Raises UserError where some
-        of them are on several nodes, and what is between is not known."""
+        """Of collectives of groups of `devices` that stand `apart` ranks from one another, of `world` ranks in all. Raises
+        UserError where some of them are on several nodes, and what is between is not known.
+
+        Past a node, data go around a ring that leaves it over the network port of each member there (NCCL's rings, one a rail),
+        so a rank's rate is that of so many ports, or of the node's own link where that is less. Gathers and scatters begin
+        with a step from each node to the next, reductions with those of a tree over nodes (Thakur et al. 2005; NCCL's trees).
+        """
+        between = self.pairs(devices, apart, world)
+        if between is self.node:
+            return between
+        together = max(1, gcd(devices * apart, self.devices_a_node) // apart)  # the fewest that a node has of a group
+        nodes = -(-devices // together)
+        steps = {"gather": nodes - 1, "scatter": nodes - 1, "reduce": (nodes - 1).bit_length()}
+
+        def ring(name: Collective) -> Link:
+            near, far = self.node.of(name), between.of(name)
+            begins = far.seconds + (steps[name] - 1) * max(0.0, far.seconds - near.seconds)
+            return far.changed(begins, max(1 / together, min(1.0, far.bandwidth / near.bandwidth)))
+
+        return Links(ring("gather"), ring("scatter"), ring("reduce"), between.send)
+
+    def pairs(self, devices: int, apart: int, world: int) -> Links:
+        """Of one device with one other of such a group, over the network if any group leaves a node. Raises UserError as
+        `links`."""
         if self.within_node(devices, apart, world):
             return self.node
         if self.network is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,20 +12,21 @@ from pivot_megatron.families.architecture import HeadArchitecture
 from pivot_megatron.model.vocabulary import tile_shape
 from pivot_megatron.plan.layer_work import LayerShape, Numbers
 from pivot_megatron.plan.machine import Machine
-from pivot_megatron.plan.model_work import Model, Weights, encoder_layer, head_layer, numbers_of
+from pivot_megatron.plan.model_work import Model, Weights, encoder_layer, head_layer
 from pivot_megatron.plan.stages import Chunk
 from pivot_megatron.plan.workload import Pack
 
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes. `activations`: of the language model's layers, those of every micro-batch in flight; `encoder`: the same of
-    encoder and projector. `logits`: tiles of them and what stands beside. `working`: what a layer's backward pass makes for
-    itself, and a recomputed layer's own activations. `reduction`: what is copied to reduce gradients over replicas.
-    `reference`: a frozen model's weights where it is online. `process`: what is there before any model is, buffers of the
-    collectives too."""
+    """In bytes. `copies`: of linears' weights, in FP8. `activations`: of the language model's layers, those of every micro-batch
+    in flight; `encoder`: the same of encoder and projector. `logits`: tiles of them and what stands beside. `working`: what a
+    layer's backward pass makes for itself, and a recomputed layer's own activations. `reduction`: what is copied to reduce
+    gradients over replicas. `reference`: a frozen model's weights where it is online. `process`: what is there before any model
+    is, buffers of the collectives too."""
 
     weights: float
+    copies: float
     gradients: float
     optimizer: float
     activations: float
@@ -60,32 +62,64 @@ def stage_memory(
     # Two moments, and with 16-bit weights a master copy: all float32, split over the replicas.
     optimizer = (8 if size == 4 else 12) * trained / data_parallel
     head = head_layer(model.arch.head)
-    numbers = numbers_of(model.precision, "llm", model.layout.tensor, model.fused)
+    numbers, kinds = model.numbers(), stage_kinds(model, chunks)
     last = any(chunk.last for chunk in chunks)
-    layers = sum(len(chunk.layers) for chunk in chunks)
-    kept = kept_bytes(head, numbers, pack.tokens, pack.keys, model.recompute.llm)
+    mode = model.recompute.llm
+    kept = sum(n * kept_bytes(head, how, pack.tokens, pack.keys, mode) for how, n in kinds.items())
     alive = in_flight(model.layout, chunks[0].stage, micro_batches)
-    activations = alive * kept * layers
+    activations = alive * kept
     if last:  # its last layer, of which one micro-batch is in flight, keeps past its attention what is of answers alone
-        activations -= _past_attention(head, numbers, pack.tokens - pack.scored, model.recompute.llm)
+        ((how, _),) = model.kinds("llm", range(model.arch.head.layers)[-1:])
+        activations -= _past_attention(head, how, pack.tokens - pack.scored, mode)
     trains = any(w.encoder for w in weights)
     images = encoder_in_flight(model.layout, micro_batches)
     encoder, vision_working = _vision(model, pack, images, trains) if chunks[0].first else (0.0, 0.0)
-    working = max(
-        _working(head, numbers, pack.tokens, pack.keys, model.recompute.llm) if layers > last else 0.0, vision_working
-    )
+    whole = list(kinds) if kinds.total() > last else []
+    working = max((_working(head, how, pack.tokens, pack.keys, mode) for how in whole), default=0.0)
     return Memory(
         weights=size * count,
+        copies=sum(n * each for n, each in copied_weights(model, machine, chunks, trains)),
         gradients=4.0 * trained,
         optimizer=optimizer,
         activations=activations + 2 * _stream(head, numbers, pack.tokens) * alive,
         encoder=encoder,
         logits=_logits(machine.logits_tile, pack, model.arch.head, numbers) if last else 0.0,
-        working=working,
+        working=max(working, vision_working),
         reduction=4.0 * trained * machine.reduction_copy if data_parallel > 1 else 0.0,
         reference=size * count if online_reference else 0.0,
         process=machine.process,
     )
+
+
+def stage_kinds(model: Model, chunks: Sequence[Chunk]) -> Counter[Numbers]:
+    """How the language model's layers of a stage compute, and how many compute so."""
+    found: Counter[Numbers] = Counter()
+    for chunk in chunks:
+        found.update(dict(model.kinds("llm", chunk.layers)))
+    return found
+
+
+def copied_weights(
+    model: Model, machine: Machine, chunks: Sequence[Chunk], encoder_trains: bool
+) -> list[tuple[int, int]]:
+    """(weights, bytes of each) that Transformer Engine holds in FP8 beside those in 16 bits, from a step's first micro-batch on:
+    as they are, and where gradients go through them also transposed, if the recipe scales by block or the device's products in
+    FP8 take no other side (module/linear.py, tensor/float8_tensor.py)."""
+    fp8, tensor = model.precision.fp8, model.layout.tensor
+    if fp8 is None:
+        return []
+    both = 2 if fp8.recipe == "blockwise" or machine.fp8_transposes else 1
+    layers = [(head_layer(model.arch.head), stage_kinds(model, chunks), both)]
+    if chunks[0].first:
+        layers.append(
+            (encoder_layer(model.arch.encoder), Counter(dict(model.kinds("encoder"))), both if encoder_trains else 1)
+        )
+    return [
+        (count * sum(rows * columns for _, rows, columns in layer.linears(tensor)), each)
+        for layer, kinds, each in layers
+        for numbers, count in kinds.items()
+        if numbers.recipe
+    ]
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
@@ -109,7 +143,8 @@ def kept_bytes(
 ) -> float:
     """What one layer keeps for its backward pass: its input alone, if it is made anew; else the inputs of norms, products and
     activation, and queries, keys, values and output of attention. Where attention is made anew it keeps what came out of qkv,
-    of which grouped queries are a copy."""
+    of which grouped queries are a copy. In FP8 the inputs of linears take a byte; but proj keeps attention's output as it came,
+    with `delayed` its own cast of it beside what attention keeps (megatron-core's attention.py)."""
     stream = _stream(layer, numbers, tokens)
     if mode == "full":
         return stream
@@ -119,19 +154,29 @@ def kept_bytes(
         attention = float(tokens * (query + (query + 2 * key) + copied))
     else:
         attention = tokens * query * 3.0 + keys * key * 2.0
-    return 4 * stream + numbers.size * (attention + tokens * _mlp_width(layer, numbers.tensor))
+    cast = 0.0
+    if numbers.recipe == "delayed":
+        cast = float(tokens * query) * (1 if mode == "none" else 1 - numbers.size)
+    return 2 * stream + 2 * _saved(stream, numbers) + numbers.size * attention + cast + _mlp(layer, numbers, tokens)
 
 
-def _mlp_width(layer: LayerShape, tensor: int) -> float:
-    """Entries a token that the MLP keeps: the activation's input, gate and value where gated, and its output."""
-    return (3 if layer.gated else 2) * layer.ffn / tensor
+def _saved(size: float, numbers: Numbers) -> float:
+    """Bytes of a linear's input that is `size` in the activations' type."""
+    return size / numbers.size if numbers.recipe else size
+
+
+def _mlp(layer: LayerShape, numbers: Numbers, tokens: int) -> float:
+    """Bytes that the MLP keeps: the activation's input, gate and value where gated, and its output, which is fc2's input."""
+    one = numbers.size * tokens * layer.ffn / numbers.tensor
+    return (2 if layer.gated else 1) * one + _saved(one, numbers)
 
 
 def _past_attention(layer: LayerShape, numbers: Numbers, tokens: int, mode: str) -> float:
     """Of `tokens`, what a layer keeps past its attention."""
     if mode == "full":
         return 0.0
-    return 2 * _stream(layer, numbers, tokens) + numbers.size * tokens * _mlp_width(layer, numbers.tensor)
+    stream = _stream(layer, numbers, tokens)
+    return stream + _saved(stream, numbers) + _mlp(layer, numbers, tokens)
 
 
 def _stream(layer: LayerShape, numbers: Numbers, tokens: float) -> float:
@@ -142,7 +187,7 @@ def _stream(layer: LayerShape, numbers: Numbers, tokens: float) -> float:
 def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: str) -> float:
     """The MLP's two widest gradients with the stream's, and a recomputed layer's activations; with tensor parallelism also the
     whole sequence, gathered."""
-    gradients = numbers.size * tokens * 2 * _mlp_width(layer, numbers.tensor) / (3 if layer.gated else 2) * 2
+    gradients = 4 * numbers.size * tokens * layer.ffn / numbers.tensor
     gathered = numbers.size * tokens * layer.hidden * (2 if numbers.tensor > 1 else 1)
     again = kept_bytes(layer, numbers, tokens, keys, "none") if mode == "full" else 0.0
     return gradients + gathered + again
@@ -150,17 +195,16 @@ def _working(layer: LayerShape, numbers: Numbers, tokens: int, keys: int, mode: 
 
 def _vision(model: Model, pack: Pack, alive: int, trains: bool) -> tuple[float, float]:
     """(kept, working) bytes of encoder and projector. A frozen encoder has no backward pass to keep anything for."""
-    arch, tensor = model.arch, model.layout.tensor
-    numbers = numbers_of(model.precision, "encoder", tensor, model.fused)
+    arch, tensor, numbers, kinds = model.arch, model.layout.tensor, model.numbers(), model.kinds("encoder")
     layer, (images, places) = encoder_layer(arch.encoder), pack.images(arch.encoder.places)
-    kept = kept_bytes(layer, numbers, places, places, model.recompute.encoder)
+    kept = sum(n * kept_bytes(layer, how, places, places, model.recompute.encoder) for how, n in kinds)
     pixels = 4.0 * images * 3 * arch.encoder.image_size**2
     # The projector's input, its activation's input and output, and its own output, whole.
     projector = numbers.size * places * (arch.encoder.hidden / tensor + (2 / tensor + 1) * arch.head.hidden)
     if not trains:
         return alive * projector + pixels, 0.0
-    working = _working(layer, numbers, places, places, model.recompute.encoder)
-    return alive * (kept * arch.encoder_layers + projector) + pixels, working
+    working = max(_working(layer, how, places, places, model.recompute.encoder) for how, _ in kinds)
+    return alive * (kept + projector) + pixels, working
 
 
 def _logits(tile: float, pack: Pack, head: HeadArchitecture, numbers: Numbers) -> float:

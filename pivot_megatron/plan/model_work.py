@@ -97,11 +97,6 @@ def head_layer(arch: HeadArchitecture) -> LayerShape:
     )
 
 
-def numbers_of(precision: Precision, part: Literal["encoder", "llm"], tensor: int, fused_norms: bool) -> Numbers:
-    dtype = precision.compute
-    return Numbers(dtype, "fp8" if precision.fp8_of(part) else dtype, tensor, fused_norms)
-
-
 @dataclass(frozen=True)
 class Model:
     """All that decides a chunk's work but its pack."""
@@ -111,6 +106,20 @@ class Model:
     precision: Precision
     recompute: Recompute
     fused: bool  # Transformer Engine's layers, whose products add weight gradients up themselves
+
+    def numbers(self) -> Numbers:
+        """Of all that is not in FP8."""
+        return Numbers(self.precision.compute, self.layout.tensor, self.fused)
+
+    def kinds(self, part: Literal["encoder", "llm"], layers: range | None = None) -> list[tuple[Numbers, int]]:
+        """How `layers` compute, by their index in the part, all of them where it is left out; and how many compute so."""
+        of = self.arch.encoder_layers if part == "encoder" else self.arch.head.layers
+        layers, plain, fp8 = range(of) if layers is None else layers, self.numbers(), self.precision.fp8_of(part)
+        found = [(plain, len(layers))]
+        if fp8:
+            eight = len(range(max(layers.start, fp8.first_layers_bf16), min(layers.stop, of - fp8.last_layers_bf16)))
+            found = [(replace(plain, recipe=fp8.recipe), eight), (plain, len(layers) - eight)]
+        return [(numbers, count) for numbers, count in found if count]
 
     def work(self, chunk: Chunk, pack: Pack, weights: Weights) -> Work:
         encoder_forward, encoder_backward = self._vision(pack, weights) if chunk.first else ([], [])
@@ -135,31 +144,29 @@ class Model:
         return (Operation("adding up weight gradients", "elementwise", traffic=each * count, launches=tensors),)
 
     def _vision(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
-        arch, tensor = self.arch.encoder, self.layout.tensor
-        numbers = numbers_of(self.precision, "encoder", tensor, self.fused)
+        arch, numbers = self.arch.encoder, self.numbers()
         layer, (images, places) = encoder_layer(arch), pack.images(arch.places)
         segments = [(places // images, places // images)] * images
         patches = places - images * int(arch.class_token)
         embedding = product(
             "patch embedding", patches, arch.hidden, 3 * arch.patch_size**2, numbers.dtype, numbers.size
         )
-        once = layer_work.forward(layer, numbers, places, segments, None)
-        forward = [embedding, *_repeated(once, self.arch.encoder_layers)]
-        backward: list[Operation] = []
+        forward, backward = [embedding], []
         if trained.encoder:
-            back = layer_work.backward(layer, numbers, places, segments, None, weights_train=True)
-            back = _share(back, trained.encoder)
-            again = self._again(once, self.recompute.encoder)
-            backward = [
-                replace(embedding, name="patch embedding, towards its weight"),
-                *_repeated([*again, *back], self.arch.encoder_layers),
-            ]
+            backward.append(replace(embedding, name="patch embedding, towards its weight"))
+        for how, times in self.kinds("encoder"):
+            once = layer_work.forward(layer, how, places, segments, None)
+            forward += _repeated(once, times)
+            if trained.encoder:
+                back = layer_work.backward(layer, how, places, segments, None, weights_train=True)
+                again = self._again(once, self.recompute.encoder)
+                backward += _repeated([*again, *_share(back, trained.encoder)], times)
         projector_forward, projector_backward = self._projector(pack, trained)
         return [*forward, *projector_forward], [*projector_backward, *backward]
 
     def _projector(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
         encoder, head, tensor = self.arch.encoder, self.arch.head, self.layout.tensor
-        numbers = numbers_of(replace(self.precision, fp8=None), "encoder", tensor, self.fused)
+        numbers = self.numbers()
         (_, places), width = pack.images(encoder.places), head.hidden
         linears = (("projector fc1", width // tensor, encoder.hidden), ("projector fc2", width, width // tensor))
 
@@ -181,7 +188,7 @@ class Model:
 
     def _words(self, pack: Pack) -> list[Operation]:
         """Word embeddings, with the images' features put in their places."""
-        numbers = self._head_numbers
+        numbers = self.numbers()
         touched = 6.0 * pack.tokens * self.arch.head.hidden * numbers.size
         return [
             Operation("word embeddings", "elementwise", traffic=touched, launches=8),
@@ -189,13 +196,13 @@ class Model:
         ]
 
     def _layers(self, chunk: Chunk, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
-        arch, numbers = self.arch.head, self._head_numbers
-        shape, segments = head_layer(arch), pack.segments
+        shape, segments = head_layer(self.arch.head), pack.segments
         forward: list[Operation] = []
         backward: list[Operation] = []
-        count = len(chunk.layers)
-        kinds = [(count - 1, None), (1, pack.scored)] if chunk.last and count else [(count, None)]
-        for times, past_attention in kinds:
+        whole = chunk.layers[:-1] if chunk.last else chunk.layers
+        ways: list[tuple[int | None, tuple[Numbers, int]]] = [(None, kind) for kind in self.kinds("llm", whole)]
+        ways += [(pack.scored, kind) for kind in self.kinds("llm", chunk.layers[len(whole) :])]
+        for past_attention, (numbers, times) in ways:
             once = layer_work.forward(shape, numbers, pack.tokens, segments, past_attention)
             back = layer_work.backward(
                 shape, numbers, pack.tokens, segments, past_attention, weights_train=trained.llm > 0
@@ -205,7 +212,7 @@ class Model:
         return forward, backward
 
     def _logits(self, pack: Pack, trained: Weights) -> tuple[list[Operation], list[Operation]]:
-        arch, numbers = self.arch.head, self._head_numbers
+        arch, numbers = self.arch.head, self.numbers()
         tokens, words, width = pack.scored, arch.padded_vocabulary // self.layout.tensor, arch.hidden
         logits = product("logits", tokens, words, width, numbers.dtype, 4)
         passes = Operation("softmax over tiles", "elementwise", traffic=_LOGITS_PASSES * 4 * tokens * words, launches=8)
@@ -225,10 +232,6 @@ class Model:
     def _again(self, once: list[Operation], mode: str) -> list[Operation]:
         kept = {"none": [], "selective": [op for op in once if op.kind == "attention"], "full": once}[mode]
         return [replace(op, name=f"{op.name}, again") for op in kept]
-
-    @property
-    def _head_numbers(self) -> Numbers:
-        return numbers_of(self.precision, "llm", self.layout.tensor, self.fused)
 
 
 def _repeated(operations: Iterable[Operation], times: int) -> list[Operation]:

@@ -49,7 +49,7 @@ def write_scaling_plot(found: Scaling, path: Path) -> None:
         gpus = [count for count, _ in known]
         label = {"strong": "the run's global batch", "weak": "as many samples a device"}[name]
         speed.plot(
-            gpus, [best.pairs_a_second for _, best in known], color=colour, marker="o", markersize=3, label=label
+            gpus, [best.samples_a_second for _, best in known], color=colour, marker="o", markersize=3, label=label
         )
         utilisation.plot(gpus, [100 * best.utilisation for _, best in known], color=colour, marker="o", markersize=3)
     speed.plot(*_ideal(found.strong), color="#7b8088", linestyle=":", label="ideal")
@@ -71,7 +71,7 @@ def _ideal(points: Sequence[Point]) -> tuple[list[int], list[float]]:
     if first is None or first.best is None:
         return [], []
     gpus = [point.gpus for point in points if point.gpus >= first.gpus]
-    return gpus, [first.best.pairs_a_second * count / first.gpus for count in gpus]
+    return gpus, [first.best.samples_a_second * count / first.gpus for count in gpus]
 
 
 def _memory(found: Estimate) -> dict[str, float]:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pivot_megatron.plan.dry_run import AS_PLANNED, DryRun
 from pivot_megatron.plan.estimate import Estimate
-from pivot_megatron.plan.explain import arithmetic, memory_rows, mode_rows, step_lines, time_rows
+from pivot_megatron.plan.explain import arithmetic, explained, memory_rows, mode_rows, step_lines, time_rows
 from pivot_megatron.plan.limits import limited_by, spent
 from pivot_megatron.plan.plan import Plan
 from pivot_megatron.plan.scaling import Point, Scaling, against_ideal
 from pivot_megatron.plan.subject import Planned
-from pivot_megatron.plan.text import LEFT, facts, overrides, rows
+from pivot_megatron.plan.text import LEFT, facts, overrides, rows, weights_of
 from pivot_megatron.report.page import Page, Picture, Pictures, Section, Table, write_page
 
 
 @dataclass(frozen=True)
 class Report:
-    """`run`: the config's path. `top`: layouts that are shown."""
+    """`run`: the config's path. `top`: layouts that are shown. `explain`: the one whose arithmetic is."""
 
     run: str
     planned: Planned
     plan: Plan
     top: int
+    explain: int | None = None
     scaling: Scaling | None = None
     dry_run: DryRun | None = None
 
@@ -41,15 +44,50 @@ def as_tree(report: Report) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "run": report.run,
         "gpus": report.plan.gpus,
-        **facts(report.planned, report.plan),
-        "usable_bytes": report.plan.machine.memory,
+        **_of_what(report.planned, report.plan),
+        "said": facts(report.planned, report.plan),
         "layouts": [_layout(n, found) for n, found in enumerate(report.plan.estimates, 1)],
     }
+    if report.explain is not None:
+        tree["explain"] = {"rank": report.explain, **explained(report.plan.estimates[report.explain - 1])}
     if report.scaling:
         tree["scaling"] = {name: _points(getattr(report.scaling, name)) for name in ("strong", "weak")}
     if report.dry_run:
         tree["dry_run"] = _dry_tree(report.dry_run)
     return tree
+
+
+def _of_what(planned: Planned, plan: Plan) -> dict[str, Any]:
+    """What `facts` says in words; null is what nobody knows."""
+    subject, machine, weights = planned.subject, plan.machine, weights_of(planned.subject)
+    precision, (dtype, peak), sample = subject.precision, plan.best.peak, subject.samples
+    return {
+        "model": {"name": planned.model, "parameters": weights.count, "trained": weights.trained},
+        "machine": {
+            "name": machine.name,
+            "source": machine.source,
+            "devices_a_node": machine.devices_a_node,
+            "usable_bytes": machine.memory,
+            "images_a_second": machine.images_a_second,
+        },
+        "precision": {
+            "compute": precision.compute,
+            "fp8": precision.fp8 and dataclasses.asdict(precision.fp8),
+            "mfu_dtype": dtype,
+            "mfu_peak_flops": peak,
+        },
+        "samples": {
+            "unit": subject.unit,
+            "global_batch": subject.batch.global_size,
+            "prefix_tokens": fmean(one.prefix for one in sample),
+            "branch_tokens": [fmean(lengths) for lengths in zip(*(one.branches for one in sample), strict=True)],
+            "lengths": planned.lengths,
+        },
+        "steps": subject.steps or None,
+        "epochs": subject.batch.epochs,
+        "epoch_samples": planned.count,
+        "reference_batches": subject.reference,
+    }
 
 
 def _layout(rank: int, found: Estimate) -> dict[str, Any]:
@@ -62,12 +100,13 @@ def _layout(rank: int, found: Estimate) -> dict[str, Any]:
         "micro_batches": len(found.packs),
         "fits": found.fits,
         "step_seconds": found.step_seconds,
+        "loading_seconds": found.loading_seconds if found.machine.images_a_second else None,
         "spent": spent(found),
-        "pairs_a_second": found.pairs_a_second,
+        "samples_a_second": found.samples_a_second,
         "tokens_a_second": found.tokens_a_second,
         "utilisation": found.utilisation,
         "hours": found.hours,
-        "gpu_hours": found.hours * found.gpus,
+        "gpu_hours": None if found.hours is None else found.hours * found.gpus,
         "limited_by": limited_by(found),
         "overrides": overrides(found),
         "stages": [
@@ -102,10 +141,11 @@ def _points(points: Sequence[Point]) -> list[dict[str, Any]]:
         {
             "gpus": point.gpus,
             "global_batch": point.best and point.best.subject.batch.global_size,
-            "pairs_a_second": point.best and point.best.pairs_a_second,
+            "samples_a_second": point.best and point.best.samples_a_second,
             "utilisation": point.best and point.best.utilisation,
             "of_ideal": ideal,
             "overrides": point.best and overrides(point.best),
+            "why_none": point.why or None,
         }
         for point, ideal in zip(points, against_ideal(points), strict=True)
     ]
@@ -113,11 +153,23 @@ def _points(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 def scaling_rows(found: Scaling) -> list[list[str]]:
     """A number of devices each, the heads first."""
+    unit = next((p.best.subject.unit for p in (*found.strong, *found.weak) if p.best), "samples")
     heads = ["devices"]
     for name in ("batch", "batch that grows"):
-        heads += [name, "tensor x pipeline x data", "pairs/s", "MFU", "of ideal"]
+        heads += [name, "tensor x pipeline x data", f"{unit}/s", "MFU", "of ideal"]
     sides = [zip(points, against_ideal(points), strict=True) for points in (found.strong, found.weak)]
     return [heads, *([f"{one[0].gpus}", *_cells(*one), *_cells(*two)] for one, two in zip(*sides, strict=True))]
+
+
+def scaling_gaps(found: Scaling) -> list[str]:
+    """Why there is no layout where there is none, the first of reasons that differ in numbers alone."""
+    told: dict[str, tuple[str, list[str]]] = {}
+    for name, points in (("", found.strong), (" with a batch that grows", found.weak[1:])):
+        for point in points:
+            if point.why:
+                _, counts = told.setdefault(re.sub(r"[\d,.]+", "", point.why), (point.why, []))
+                counts.append(f"{point.gpus}{name}")
+    return [f"No layout of {', '.join(counts)} devices: {why}" for why, counts in told.values()]
 
 
 def _cells(point: Point, ideal: float | None) -> list[str]:
@@ -128,7 +180,7 @@ def _cells(point: Point, ideal: float | None) -> list[str]:
     return [
         f"{best.subject.batch.global_size:,}",
         layout,
-        f"{best.pairs_a_second:,.1f}",
+        f"{best.samples_a_second:,.1f}",
         f"{best.utilisation:.1%}",
         f"{ideal:.0%}",
     ]
@@ -176,6 +228,7 @@ def _page(report: Report, versions: Mapping[str, str], folder: Path) -> Page:
                 "Scaling",
                 [Table(scaling_rows(report.scaling), (2, 7)), _picture(folder / "scaling.png", "scaling")],
                 lead="The fastest layout at each number of devices: of the run's own batch, and of one that grows with them.",
+                note=" ".join(f"{line}." for line in scaling_gaps(report.scaling)),
             )
         )
     if report.dry_run:

@@ -102,7 +102,7 @@ def ends(
     if layout.overlap_parameter_gather:
         gathered = max(0.0, gathered - backward_seconds / 2)
     if shared_words:
-        far = machine.links(layout.pipeline, processes // layout.pipeline, processes).reduce
+        far = machine.pairs(layout.pipeline, processes // layout.pipeline, processes).reduce
         reduced += far.seconds + 4.0 * shared_words / far.bandwidth
     # The buffer is zeroed whole; a replica's share is read for the norm, scaled, and read and written by Adam: weight,
     # gradient and two moments, and once more in 16 bits.

@@ -16,19 +16,19 @@ from pivot_megatron.plan.plan import Plan
 from pivot_megatron.plan.stages import chunks
 from pivot_megatron.plan.subject import Planned
 
-DATA = "taken as hidden: no loader was measured beside these devices; `pivot bench loader` says what a core feeds"
-
 
 def facts(planned: Planned, plan: Plan) -> dict[str, str]:
     """What the plan is of, by name."""
     subject, machine = planned.subject, plan.machine
+    weights = weights_of(subject)
     return {
-        "model": f"{planned.model}: {_sizes(subject)}",
+        "model": f"{planned.model}: {weights.count:,} parameters, {weights.trained:,} of them trained",
+        "precision": _precision(plan.best),
         "machine": f"{plan.gpus} x {machine.name}, {machine.devices_a_node} a node, {machine.memory / GIB:.1f} GiB usable",
         "source": machine.source,
         "samples": f"{subject.batch.global_size} a step, {_tokens(subject)}; {planned.lengths}",
         "steps": _steps(planned),
-        "data": DATA,
+        "data": _data(plan.best),
     }
 
 
@@ -45,15 +45,23 @@ def as_text(planned: Planned, plan: Plan, top: int) -> str:
     return "\n".join([*lines, "The first, to lay over the run:", "  " + " ".join(overrides(plan.best))])
 
 
-LEFT = (1, 4, 12)
+LEFT = (1, 4, 13)
 """Columns of `rows` that are words."""
 
 
 def rows(estimates: Sequence[Estimate]) -> list[list[str]]:
     """The heads first. A pipeline stage's layers are the language model's."""
     memory = f"{estimates[0].machine.memory / GIB:.1f}"
-    heads = ["rank", "tensor x pipeline x data", "chunks", "layers", "recompute", "micro_tokens", "step s", "pairs/s"]
-    heads += ["tokens/s", "MFU", f"GiB of {memory}", "GPU-hours, days", "limited by"]
+    heads = ["rank", "tensor x pipeline x data", "chunks", "layers", "recompute", "micro_tokens", "step s"]
+    heads += [
+        f"{estimates[0].subject.unit}/s",
+        "tokens/s",
+        "MFU",
+        f"GiB of {memory}",
+        "GPU-hours",
+        "time",
+        "limited by",
+    ]
     return [heads, *(_row(n, found) for n, found in enumerate(estimates, 1))]
 
 
@@ -66,13 +74,20 @@ def _row(rank: int, found: Estimate) -> list[str]:
         recompute(found.subject),
         f"{found.subject.batch.micro_tokens}",
         f"{found.step_seconds:.3f}",
-        f"{found.pairs_a_second:.1f}",
+        f"{found.samples_a_second:.1f}",
         f"{found.tokens_a_second:,.0f}",
         f"{found.utilisation:.1%}",
         f"{found.peak_bytes / GIB:.1f}",
-        f"{found.hours * found.gpus:.1f}, {found.hours / 24:.2g}" if found.hours else "unknown",
+        "unknown" if found.hours is None else f"{found.hours * found.gpus:,.1f}",
+        "unknown" if found.hours is None else _span(found.hours),
         limited_by(found),
     ]
+
+
+def _span(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.1f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
 def layers(found: Estimate) -> str:
@@ -103,11 +118,31 @@ def _yaml(value: int | bool | None) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _sizes(subject: Subject) -> str:
-    arch = subject.arch
-    (whole,) = chunks(arch.head.layers, Layout())
-    weights = Weights.of(held(arch, Layout(), whole, subject.rules))
-    return f"{weights.count:,} parameters, {weights.trained:,} of them trained, {subject.precision.compute}"
+def weights_of(subject: Subject) -> Weights:
+    """Of the whole model."""
+    (whole,) = chunks(subject.arch.head.layers, Layout())
+    return Weights.of(held(subject.arch, Layout(), whole, subject.rules))
+
+
+def _precision(best: Estimate) -> str:
+    precision, (dtype, peak) = best.subject.precision, best.peak
+    told: str = precision.compute
+    if fp8 := precision.fp8:
+        parts = [name for name, on in (("the encoder", fp8.encoder), ("the language model", fp8.llm)) if on]
+        told += f", linears of {' and '.join(parts)} in FP8 ({fp8.recipe})"
+        if fp8.first_layers_bf16 or fp8.last_layers_bf16:
+            told += f" but for the first {fp8.first_layers_bf16} and the last {fp8.last_layers_bf16} layers of each"
+    return f"{told}; MFU is of {peak / 1e12:,.4g} TFLOP/s, the peak in {dtype}"
+
+
+def _data(best: Estimate) -> str:
+    rate = best.machine.images_a_second
+    if rate is None:
+        return (
+            "taken as hidden: no loader was measured beside these devices; `pivot bench loader` says what a core feeds"
+        )
+    taken = best.images / best.step_seconds
+    return f"loaders feed a device {rate:,.0f} images a second, of which the first layout takes {taken:,.1f}"
 
 
 def _tokens(subject: Subject) -> str:

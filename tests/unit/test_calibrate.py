@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pivot_megatron.bench import calibrate_rank
 from pivot_megatron.bench.calibrate import calibrate, fitted, links_from, rates_from
 from pivot_megatron.bench.calibrate_rank import Sample
 from pivot_megatron.cli import main
@@ -93,3 +95,29 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(1e6 < machine.node.of(kind).bandwidth < 1e12 for kind in COLLECTIVES)
     assert 1e8 < machine.process < machine.memory
     assert "fitted times against measured" in capsys.readouterr().out
+
+
+def test_on_a_gpu_collectives_are_timed_together_and_barriers_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Watch:
+        def __init__(self, platform: object) -> None: ...
+
+        def start(self) -> None:
+            done.append("start")
+
+        def stop(self) -> None:
+            done.append("stop")
+
+        def reset(self) -> float:
+            return 0.5
+
+    monkeypatch.setattr(calibrate_rank, "current_platform", lambda: SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(calibrate_rank, "Stopwatch", Watch)
+    monkeypatch.setattr(calibrate_rank.dist, "barrier", lambda: done.append("barrier"))
+    seconds = calibrate_rank.messages_seconds(lambda: done.append("run"))
+    spans = " ".join(done).split("start")[1:]
+    timed = [span.split("stop")[0].split() for span in spans]
+    assert len(timed) > 3 and all(set(one) == {"run"} and len(one) > 9 for one in timed)
+    assert seconds == 0.5 / len(timed[0])
+    assert all("barrier" in span.split("stop")[1] for span in spans[:-1])  # and in between they meet

@@ -65,7 +65,11 @@ def test_published_sizes_need_no_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert ran(tmp_path, "--top", "3", "--explain", "2") == 0
     out = capsys.readouterr().out
     assert "8 x NVIDIA H100 SXM, 8 a node" in out and "NVIDIA H100 Tensor Core GPU data sheet" in out
-    assert "assumed in hardware.yaml" in out and "234, 3 epochs of 20,000" in out and "taken as hidden" in out
+    assert (
+        "assumed in hardware.yaml" in out
+        and "234, 3 epochs of 20,000" in out
+        and "loaders feed a device 720 images a second" in out
+    )
     table = out.split("rank  tensor")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) == 3 and all("compute of" in line or "messages" in line for line in table)
     assert "Rank 2: tensor " in out and "Memory of a rank, GiB" in out
@@ -76,6 +80,35 @@ def test_published_sizes_need_no_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "plan.png").stat().st_size > 10_000 and not (tmp_path / "scaling.png").exists()
     page = whole_page(tmp_path / "report.html")
     assert "Time of the first" in page.text
+
+
+def test_the_json_has_numbers_and_the_arithmetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--layout", "own", "--explain", "--json", "precision.fp8=tensorwise"]
+    assert ran(tmp_path, *words) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["machine"]["name"] == "NVIDIA H100 SXM" and tree["machine"]["devices_a_node"] == 8
+    assert (tree["steps"], tree["epochs"], tree["epoch_samples"]) == (234, 3, 20000)
+    assert tree["precision"]["fp8"]["recipe"] == "tensorwise"
+    assert (tree["precision"]["mfu_dtype"], tree["precision"]["mfu_peak_flops"]) == ("fp8", 1978.9e12)
+    assert tree["samples"]["branch_tokens"] == [200, 200] and tree["model"]["parameters"] > 5e8
+    (layout,), explained = tree["layouts"], tree["explain"]
+    assert explained["rank"] == 1 and explained["step_seconds"] == layout["step_seconds"]
+    (memory,) = explained["memory"]
+    assert {part: one["bytes"] for part, one in memory.items()} | {"total": 0} == layout["stages"][0]["memory"] | {
+        "total": 0
+    }
+    assert "in FP8 x 2 bytes" in memory["copies"]["how"]
+    passage = sum(op["seconds"] for op in explained["operations"])
+    assert passage == pytest.approx(explained["micro_batch_seconds"])
+    whole = explained["micro_batches_seconds"] + sum(explained["ends_seconds"].values())
+    assert whole == pytest.approx(explained["device_seconds"]) == pytest.approx(layout["step_seconds"])
+
+
+def test_samples_of_a_run_without_pairs_are_no_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "configs/run/1b_pretrain.yaml", *BASE, "--layout", "own", "--out", str(tmp_path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert " samples/s " in out and "pairs/s" not in out
 
 
 def test_every_layout_can_be_laid_over_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,13 +161,14 @@ def test_the_runs_own_layout_is_taken_as_it_is(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_does_not_fit_says_where_and_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--encoder", "siglip2-so400m-patch16-384", "--head", "qwen2.5-72b", "--gpus", "8"]
-    assert main(["plan", RUN, *words, "--out", str(tmp_path), "--top", "2"]) == 0
+    assert main(["plan", RUN, *words, "--out", str(tmp_path), "--top", "2"]) == 1
     out = capsys.readouterr().out
     assert "memory: does not fit, " in out and " GiB too much on stage " in out and "Nothing fits" in out
     assert "unknown: --samples" in out
     tree = json.loads((tmp_path / "plan.json").read_text())
     peaks = [max(stage["memory"]["total"] for stage in found["stages"]) for found in tree["layouts"]]
-    assert peaks == sorted(peaks) and peaks[0] > tree["usable_bytes"]
+    assert peaks == sorted(peaks) and peaks[0] > tree["machine"]["usable_bytes"]
+    assert tree["steps"] is None and {(one["hours"], one["gpu_hours"]) for one in tree["layouts"]} == {(None, None)}
 
 
 def test_nodes_are_as_many_devices_as_the_machine_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +196,7 @@ def test_nodes_are_as_many_devices_as_the_machine_has(tmp_path: Path, capsys: py
         (("--layout", "own", "layout.tensor=3"), "layout.tensor: LLM heads (14)"),
         (("--gpu", "a100", "precision.fp8=tensorwise"), "NVIDIA A100 SXM 80 GB has no rate of products in fp8"),
         (("layout.tensr=2",), "layout.tensr"),
+        (("--scaling", "--gpus", "2048", "--layout", "own"), "curves end at 1,024 devices, found --gpus 2048"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -236,6 +271,18 @@ def test_columns_of_words_stand_to_the_left() -> None:
     assert aligned([["a", "number"], ["word", "1"]], left=(0,)) == ["a     number", "word       1"]
 
 
+def test_gaps_in_the_curves_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_machine(replace(gpu("h100"), network=None), tmp_path / "machine.yaml")
+    words = ["--machine", str(tmp_path / "machine.yaml"), "--scaling", "batch.global_size=16"]
+    assert ran(tmp_path, *words) == 0
+    gap, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No layout of ")]
+    assert gap.startswith("No layout of 16, 32, 64, ") and ", 16 with a batch that grows, 32 with " in gap
+    assert "the network between nodes was not measured; write `network:` into the file" in gap
+    tree = json.loads((tmp_path / "plan.json").read_text())
+    assert tree["scaling"]["strong"][0]["why_none"] is None
+    assert all(point["why_none"] for side in ("strong", "weak") for point in tree["scaling"][side][1:])
+
+
 def test_scaling_is_the_best_of_each_number_of_devices(tmp_path: Path) -> None:
     found = planned(load_config(Path(RUN), ["batch.global_size=32"]), BASE[1], BASE[3], 20000)
     curves = scaling(found.subject, Layout(), 256, gpu("h100"))
@@ -243,9 +290,9 @@ def test_scaling_is_the_best_of_each_number_of_devices(tmp_path: Path) -> None:
     sizes: list[Any] = [point.best and point.best.subject.batch.global_size for point in curves.weak]
     assert curves.weak[0] == curves.strong[0] and sizes in ([32, 64, 128], [None, 64, 128])
     for point in curves.weak[1:]:
-        assert point.best and point.best.pairs_a_second * point.best.step_seconds == pytest.approx(point.gpus / 8)
+        assert point.best and point.best.samples_a_second * point.best.step_seconds == pytest.approx(point.gpus / 8)
     for points in (curves.strong, curves.weak):
         known = [(point.best, share) for point, share in zip(points, against_ideal(points), strict=True) if point.best]
         first, _ = known[0]
         for best, share in known:
-            assert share == pytest.approx(best.pairs_a_second / first.pairs_a_second * first.gpus / best.gpus)
+            assert share == pytest.approx(best.samples_a_second / first.samples_a_second * first.gpus / best.gpus)

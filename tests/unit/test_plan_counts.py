@@ -18,14 +18,14 @@ from pivot_megatron.plan.estimate import Subject, estimate
 from pivot_megatron.plan.explain import arithmetic
 from pivot_megatron.plan.hardware import GIB, gpu
 from pivot_megatron.plan.layer_work import Numbers, forward
-from pivot_megatron.plan.limits import spent
-from pivot_megatron.plan.machine import Link, Links
+from pivot_megatron.plan.limits import limited_by, spent
+from pivot_megatron.plan.machine import Link
 from pivot_megatron.plan.model_work import head_layer
 from pivot_megatron.plan.operations import operations
 from pivot_megatron.plan.plan import plan, plan_one, recomputing
 from pivot_megatron.plan.step_time import ends
 from pivot_megatron.plan.workload import Lengths, visible
-from tests.plans import HEADS, SO400M, model
+from tests.plans import HEADS, SO400M, alike, model
 
 SEVEN = model(SO400M, HEADS["7B"])
 H100 = gpu("h100")
@@ -36,10 +36,6 @@ PAIRS = 32
 def subject(arch: Architecture, samples: int = PAIRS, mode: Any = "full", **more: Any) -> Subject:
     batch = Batch(samples, 8192, steps=10)
     return Subject(arch, Precision(), Recompute(mode, mode), (), batch, (PAIR,) * samples, 10, **more)
-
-
-def alike(link: Link) -> Links:
-    return Links(link, link, link, link)
 
 
 def unpadded(arch: Architecture) -> Architecture:
@@ -142,19 +138,22 @@ def test_an_online_reference_is_one_more_set_of_weights_and_one_more_forward_pas
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_messages_between_tensor_parallel_ranks_by_hand(tensor: int) -> None:
     """A layer gathers and scatters its sequence twice."""
-    numbers = Numbers("bf16", "bf16", tensor, True)
+    numbers = Numbers("bf16", tensor, True)
     found = forward(head_layer(SEVEN.head), numbers, 1000, [(1000, 1000)], None)
     sent = sum(op.traffic for op in found if op.kind == "message")
     assert sent == pytest.approx(4 * (tensor - 1) / tensor * 1000 * 3584 * 2, rel=1e-12)
 
 
 def test_messages_between_replicas_by_hand() -> None:
-    """float32 gradients out, bf16 weights back, each (n - 1) / n of the whole, over the slower link where nodes are left."""
+    """float32 gradients out, bf16 weights back, each (n - 1) / n of the whole; where nodes are left, over a network port for each
+    of a group's members on a node."""
     machine = replace(H100, node=alike(Link.of(1.0, 1e9)), network=alike(Link.of(2.0, 1e8)))
     near = ends(10**9, Layout(), Precision(), machine, 4, 0.0, 0)
     assert (near.gradients, near.gather) == pytest.approx((1 + 4 * 0.75, 1 + 2 * 0.75), rel=1e-12)
     far = ends(10**9, Layout(), Precision(), machine, 16, 0.0, 0)
-    assert (far.gradients, far.gather) == pytest.approx((2 + 40 * 15 / 16, 2 + 20 * 15 / 16), rel=1e-12)
+    assert (far.gradients, far.gather) == pytest.approx((2 + 40 / 8 * 15 / 16, 2 + 20 / 8 * 15 / 16), rel=1e-12)
+    apart = ends(10**9, Layout(tensor=4), Precision(), machine, 16, 0.0, 0)
+    assert (apart.gradients, apart.gather) == pytest.approx((8 + 40 / 2 * 15 / 16, 8 + 20 / 2 * 15 / 16), rel=1e-12)
     hidden = ends(10**9, Layout(overlap_gradient_reduce=True), Precision(), machine, 4, 3.0, 0)
     assert hidden.gradients == pytest.approx(1.0, rel=1e-12)
 
@@ -165,6 +164,22 @@ def test_tied_words_are_added_up_over_the_first_and_the_last_stage() -> None:
     near, far = (ends(0, Layout(pipeline=stages), Precision(), machine, 4, 0.0, 10**8) for stages in (2, 4))
     assert near.gradients - 1 == pytest.approx(1 + 0.4, rel=1e-12)
     assert far.gradients - 1 == pytest.approx(2 + 4.0, rel=1e-12)
+
+
+def test_loaders_that_are_slower_than_devices_set_the_pace() -> None:
+    """They run steps ahead, so a step takes as long as the slower of the two; without a rate it is the devices."""
+    free, fed, starved = (
+        estimate(subject(SEVEN), Layout(), 8, replace(H100, images_a_second=rate)) for rate in (None, 1000.0, 0.5)
+    )
+    assert free.images == 4  # one image a pair, and eight replicas
+    assert free.step_seconds == fed.step_seconds == fed.device_seconds and fed.loading_seconds == 4 / 1000
+    assert starved.step_seconds == 8.0 and starved.device_seconds == fed.device_seconds < 8.0
+    assert spent(starved)["waiting for data"] == pytest.approx(8.0 - fed.device_seconds)
+    assert sum(spent(starved).values()) == pytest.approx(8.0) and spent(fed)["waiting for data"] == 0
+    assert limited_by(starved) == f"data: loaders take 8.000 s a step, devices {fed.device_seconds:.3f}"
+    assert not limited_by(fed).startswith("data")
+    cached = replace(starved, subject=replace(starved.subject, reference=9.0))
+    assert cached.hours == pytest.approx((10 + 9) * 8.0 / 3600)
 
 
 CUT = list(layouts(SEVEN, Precision(), Layout(), 16, 8, PAIRS))
@@ -220,7 +235,7 @@ def test_a_batch_several_times_over_is_packed_as_one() -> None:
     times = replace(subject(SEVEN, 16), batch=Batch(64, 8192, steps=10), times=4)
     for layout, gpus in ((Layout(), 8), (Layout(tensor=2), 32), (Layout(pipeline=2, virtual_pipeline=2), 16)):
         one, other = estimate(laid, layout, gpus, H100), estimate(times, layout, gpus, H100)
-        assert (one.step_seconds, one.pairs_a_second) == pytest.approx((other.step_seconds, other.pairs_a_second))
+        assert (one.step_seconds, one.samples_a_second) == pytest.approx((other.step_seconds, other.samples_a_second))
 
 
 def test_the_fastest_that_fits_comes_first_whatever_is_left_out() -> None:

@@ -12,8 +12,9 @@ from pivot_megatron.data.packing import pack
 from pivot_megatron.data.tokens import Branch, Tokenized
 from pivot_megatron.data.views import View
 from pivot_megatron.model.composition import Architecture, build_model
+from pivot_megatron.plan.layer_work import Numbers
 from pivot_megatron.plan.memory import kept_bytes
-from pivot_megatron.plan.model_work import encoder_layer, head_layer, numbers_of
+from pivot_megatron.plan.model_work import encoder_layer, head_layer
 from pivot_megatron.plan.workload import Lengths, Pack
 from pivot_megatron.runtime.distributed import process_groups
 from tests.plans import SO400M, model, qwen2
@@ -70,7 +71,7 @@ def test_a_layer_keeps_what_is_counted(mode: Any) -> None:
     tokens = small.encoder.tokens
     lengths = Lengths(tokens + PROMPT, ANSWERS, sum(ANSWERS), 1, tokens)
     packed = Pack((lengths,) * PAIRS, 4)
-    numbers = numbers_of(Precision("fp32"), "llm", 1, False)
+    numbers = Numbers("fp32", 1, False)
     with process_groups(Layout(), seed=1):
         base = saved_bytes(small, mode)
         head = (saved_bytes(arch(2, 4), mode) - base) / 2

@@ -14,6 +14,7 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.plan import hardware
 from pivot_megatron.plan.hardware import gpu, gpu_names, known_architecture, published_configs
 from pivot_megatron.plan.machine import Roofline, read_machine, require_rates, write_machine
+from tests.plans import alike
 
 CONSTANTS = yaml.safe_load((Path(hardware.__file__).parent / "hardware.yaml").read_text())
 
@@ -43,7 +44,7 @@ def told(text: str) -> bool:
 
 
 def test_every_assumption_has_its_reason() -> None:
-    assert CONSTANTS["reasons"].keys() == {*CONSTANTS["assumptions"], "lengths"}
+    assert CONSTANTS["reasons"].keys() == {*CONSTANTS["assumptions"], "lengths", "rings"}
     assert [name for name, text in CONSTANTS["reasons"].items() if not told(text)] == []
 
 
@@ -56,10 +57,41 @@ def test_links_by_where_ranks_stand() -> None:
     machine = gpu("h100")
     node, network = machine.node, machine.network
     # (devices, apart, world): tensor ranks, then replicas eight apart, then a pipeline over two nodes.
-    assert machine.links(8, 1, 64) is node and machine.links(16, 1, 64) is network
-    assert machine.links(2, 4, 64) is node and machine.links(2, 8, 64) is network
-    assert machine.links(4, 4, 16) is network  # two neighbours of the four are on one node, and two on two
-    assert machine.links(3, 1, 6) is node and machine.links(3, 1, 12) is network  # ranks 6 to 8 are on two
+    assert machine.pairs(8, 1, 64) is node and machine.pairs(16, 1, 64) is network
+    assert machine.pairs(2, 4, 64) is node and machine.pairs(2, 8, 64) is network
+    assert machine.pairs(4, 4, 16) is network  # two neighbours of the four are on one node, and two on two
+    assert machine.pairs(3, 1, 6) is node and machine.pairs(3, 1, 12) is network  # ranks 6 to 8 are on two
+    assert machine.links(8, 1, 64) is node
+
+
+@pytest.mark.parametrize(
+    ("devices", "apart", "ports"),
+    [(64, 1, 8), (32, 2, 4), (16, 4, 2), (8, 8, 1), (4, 16, 1), (12, 1, 4), (3, 1, 1), (32, 3, 2)],
+)
+def test_a_group_over_nodes_has_a_network_port_for_each_member_on_a_node(devices: int, apart: int, ports: int) -> None:
+    """The bandwidth of a rank's collectives; up to the node's own, which is nine of eight ports here and then three."""
+    machine = gpu("h100")
+    assert machine.network is not None
+    one, send = machine.network.gather.bandwidth, machine.network.send
+    assert machine.node.gather.bandwidth == pytest.approx(9 * one)
+    slow = replace(machine, node=alike(machine.node.gather.changed(15e-6, 3)))
+    for kind in ("gather", "scatter", "reduce"):
+        found = machine.links(devices, apart, 192).of(kind)  # type: ignore[arg-type]
+        assert found.bandwidth == pytest.approx(ports * one)
+        capped = slow.links(devices, apart, 192).of(kind)  # type: ignore[arg-type]
+        assert capped.bandwidth == pytest.approx(min(3, ports) * one)
+    assert machine.links(devices, apart, 192).send is send
+
+
+def test_the_more_nodes_the_longer_a_collective_takes_to_begin() -> None:
+    """A ring has a step from each node to the next, a tree as many as its height; each is what two nodes take over one."""
+    machine = gpu("h100")
+    step = 30e-6 - 15e-6
+    for nodes, height in ((2, 1), (3, 2), (4, 2), (64, 6)):
+        links = machine.links(8 * nodes, 1, 8 * nodes)
+        assert links.gather.seconds == links.scatter.seconds == pytest.approx(15e-6 + (nodes - 1) * step)
+        assert links.reduce.seconds == pytest.approx(15e-6 + height * step)
+        assert links.send.seconds == pytest.approx(30e-6)
 
 
 def test_a_network_that_was_not_measured_is_not_made_up() -> None:
@@ -121,7 +153,12 @@ def test_files_that_are_no_machine_are_refused(tmp_path: Path, text: str | None)
 def test_every_published_size_is_an_architecture() -> None:
     encoders, heads = (published_configs(kind) for kind in ("encoders", "heads"))
     for encoder in encoders:
-        assert known_architecture(encoder, "qwen2.5-0.5b").encoder.family == "siglip"
+        found = known_architecture(encoder, "qwen2.5-0.5b").encoder
+        name = encoder.replace("2", "").replace("vit-mae", "mae")
+        assert name.startswith(found.family.rstrip("2")) and found.tokens in (196, 256, 576, 729, 1369)
+    assert {"dinov2", "clip", "vit", "mae", "moco"} < {
+        known_architecture(e, "qwen3-8b").encoder.family for e in encoders
+    }
     for head in heads:
         assert known_architecture("siglip2-base-patch16-384", head).head.layers == heads[head]["num_hidden_layers"]
 

@@ -13,8 +13,9 @@ from pivot_megatron.config.schema import Batch, Layout, Precision, Recompute
 from pivot_megatron.plan.estimate import Estimate, Subject, estimate
 from pivot_megatron.plan.explain import arithmetic
 from pivot_megatron.plan.hardware import GIB, gpu
+from pivot_megatron.plan.layer_work import Numbers
 from pivot_megatron.plan.memory import encoder_in_flight, in_flight, kept_bytes
-from pivot_megatron.plan.model_work import head_layer, numbers_of
+from pivot_megatron.plan.model_work import head_layer
 from pivot_megatron.plan.pipeline import ROUNDS, even, interleaved
 from pivot_megatron.plan.workload import Lengths
 from tests.plans import HEADS, SO400M, model
@@ -121,9 +122,7 @@ def test_a_stage_keeps_the_layers_of_every_chunk_that_it_holds(chunks: int) -> N
     """And, a micro-batch in flight, what comes in and what goes out; on the last stage less of the last layer."""
     found = planned(chunks)
     (pack,) = set(found.packs)
-    layer = kept_bytes(
-        head_layer(found.subject.arch.head), numbers_of(Precision(), "llm", 8, True), pack.tokens, pack.keys, "none"
-    )
+    layer = kept_bytes(head_layer(found.subject.arch.head), Numbers("bf16", 8, True), pack.tokens, pack.keys, "none")
     _, held = simulated([1.0] * 4, 32, chunks)
     between = [2 * (2 * pack.tokens * 8192 / 8) * passes / chunks for passes in held]
     # Past its attention: two of the stream, and gate, value and their product; in bf16.

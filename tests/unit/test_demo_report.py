@@ -212,7 +212,12 @@ def test_a_finished_demo_works_again_for_trackers_alone(
 ) -> None:
     told: list[Any] = []
     worked: list[Demo] = []
-    monkeypatch.setattr(demo_phases, "work", lambda demo: worked.append(demo) or report)
+
+    def work(demo: Demo) -> DemoReport:
+        worked.append(demo)
+        return report
+
+    monkeypatch.setattr(demo_phases, "work", work)
     monkeypatch.setattr(demo_page, "setting_facts", lambda demo: {"seed": "777"})
     monkeypatch.setattr(demo_page, "environment_facts", lambda run: {"torch": "2"})
     monkeypatch.setattr(demo_page, "curves", lambda runs: CURVES)

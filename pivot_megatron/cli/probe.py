@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pivot_megatron.cli.tracking import add_trackers, asked_tracking
 from pivot_megatron.cli.verbs import Groups, Verb
 
 if TYPE_CHECKING:
@@ -177,11 +178,7 @@ def _results(p: argparse.ArgumentParser, probe: str, form: argparse._ActionsCont
     out = f"runs/probe-{probe}"
     p.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     (form or p).add_argument("--json", action="store_true")
-    p.add_argument(
-        "--wandb", choices=("off", "offline", "online"), default="off", help="tell Weights & Biases the report"
-    )
-    p.add_argument("--project", default="pivot", help="of wandb (default: pivot)")
-    p.add_argument("--tensorboard", action="store_true", help="tell TensorBoard the report")
+    add_trackers(p)
 
 
 def _linear(args: argparse.Namespace) -> int:
@@ -189,7 +186,7 @@ def _linear(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.pages import linear_page
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     settings = LinearSettings(
         args.train,
         args.test,
@@ -210,7 +207,7 @@ def _alignment(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.pages import alignment_page
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     settings = AlignmentSettings(args.llm, args.captions, args.count, args.neighbours, args.batch, args.feature_layer)
     found = align_encoders(args.encoders, settings, args.out / "features", _say)
     return _told(args, tracking, "alignment", found, alignment_page(found, versions()))
@@ -221,7 +218,7 @@ def _segmentation(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.segment import SegmentationSettings, segment_encoders
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     settings = SegmentationSettings(
         args.train, args.test, args.classes, args.epochs, args.seeds, args.seed, args.feature_layer, args.batch
     )
@@ -237,7 +234,7 @@ def _gradcam(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.gradcam_report import GradcamSettings
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     settings = GradcamSettings(args.samples, args.count, tuple(args.objective), args.steps, args.rate, args.at)
     found = gradcam_models(args.models, settings, args.out, _say)
     return _told(args, tracking, "gradcam", found, gradcam_page(found, versions()))
@@ -248,7 +245,7 @@ def _answers(args: argparse.Namespace) -> int:
     from pivot_megatron.recipe.small_tasks import TaskSettings, ask_models
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     found = ask_models(args.models, TaskSettings(args.pairs, args.count))
     return _told(args, tracking, "answers", found, answers_page(found, versions()))
 
@@ -259,24 +256,10 @@ def _vqa(args: argparse.Namespace) -> int:
     from pivot_megatron.probe.vqa_page import vqa_page
     from pivot_megatron.report.facts import versions
 
-    tracking = _tracking(args)
+    tracking = asked_tracking(args)
     found = vqa_report(args.results, args.benchmarks or shipped_config("benchmarks.yaml"))
     shown = found.as_markdown() if args.markdown else found.as_text()
     return _told(args, tracking, "vqa", found, vqa_page(found, versions()), shown)
-
-
-def _tracking(args: argparse.Namespace) -> Tracking:
-    """Raises UserError where a tracker that is asked for could not be told, before any work is done."""
-    from pivot_megatron.config.check import tracking_problems
-    from pivot_megatron.config.schema import Tracking
-    from pivot_megatron.errors import UserError
-    from pivot_megatron.train.tracking import require_trackers
-
-    found = Tracking(args.wandb, args.project, args.tensorboard)
-    for problem in tracking_problems(found):
-        raise UserError(problem.replace("tracking.", "--", 1))
-    require_trackers(found)
-    return found
 
 
 def _told(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from pivot_megatron.cli.probe import add_classifier
+from pivot_megatron.cli.tracking import add_trackers, asked_tracking
 from pivot_megatron.cli.verbs import Verb
 from pivot_megatron.errors import UserError
 from pivot_megatron.requeue import StopRequests
@@ -16,6 +17,7 @@ def add(verb: Verb) -> None:
     p = verb("demo", _demo, "the whole recipe, small, on this machine; ends with a report")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
     p.add_argument("--processes", type=int, default=2, help="processes to train with (default: 2)")
+    add_trackers(p)
 
     p = verb("evolve", _evolve, "runs in a row, the encoder handed on; skips what is finished")
     p.add_argument("schedule", type=Path, metavar="SCHEDULE.yaml")
@@ -55,7 +57,7 @@ def add(verb: Verb) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from pivot_megatron.recipe.demo import run_demo
 
-    run_demo(args.out, args.processes)
+    run_demo(args.out, args.processes, asked_tracking(args))
     return 0
 
 

@@ -59,8 +59,22 @@ def draw_shapes(shapes: list[Shape], paper: tuple[int, int, int], image_size: in
         draw.line((at, 0, at, edge), fill=faint, width=_OVERSAMPLING)
         draw.line((0, at, edge, at), fill=faint, width=_OVERSAMPLING)
     for shape in shapes:
-        _draw_shape(draw, shape, edge)
+        _draw_shape(draw, shape, edge, COLORS[shape.color])
     return image.reduce(_OVERSAMPLING)
+
+
+def draw_mask(shapes: list[Shape], image_size: int) -> Image.Image:
+    """What each pixel of `draw_shapes` shows: grey, `[image_size, image_size]`; 0 is paper, 1 and up are SHAPES in order."""
+    mask = Image.new("L", (image_size, image_size))
+    for shape in shapes:
+        _draw_shape(ImageDraw.Draw(mask), shape, image_size, 1 + SHAPES.index(shape.kind))
+    return mask
+
+
+def scattered(rng: Random) -> list[Shape]:
+    """One to four shapes of any look, each in a cell of its own."""
+    looks = [(rng.choice(sorted(COLORS)), rng.choice(SHAPES)) for _ in range(rng.randint(1, _MAX_SHAPES))]
+    return [_jittered(rng, look, cell) for look, cell in _place(rng, looks)]
 
 
 def _place(rng: Random, looks: list[Look]) -> list[tuple[Look, Cell]]:
@@ -158,8 +172,8 @@ def _jittered(rng: Random, look: Look, cell: Cell) -> Shape:
     return Shape(*look, x=x, y=y, radius=rng.uniform(0.115, 0.14))
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, edge: int) -> None:
-    x, y, radius, fill = shape.x * edge, shape.y * edge, shape.radius * edge, COLORS[shape.color]
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, edge: int, fill: int | tuple[int, int, int]) -> None:
+    x, y, radius = shape.x * edge, shape.y * edge, shape.radius * edge
     if shape.kind == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     elif shape.kind == "square":

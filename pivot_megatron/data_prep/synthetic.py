@@ -17,13 +17,15 @@ from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.data_prep.charts import chart_view
 from pivot_megatron.data_prep.progress import track
 from pivot_megatron.data_prep.question import COLORS, TASKS, Ask, Question, Task, View, phrase
-from pivot_megatron.data_prep.scenes import SHAPES, Shape, draw_shapes, scene_view
+from pivot_megatron.data_prep.scenes import SHAPES, Shape, draw_mask, draw_shapes, scattered, scene_view
 from pivot_megatron.data_prep.text import text_view
 from pivot_megatron.errors import UserError
 
 SAMPLES_PER_SHARD = 1000
 SCENE_CLASSES = tuple(f"{color} {shape}" for color in ("red", "green", "blue") for shape in SHAPES)
 """What the labels of `scene_classes` stand for, in order."""
+MASK_CLASSES = ("paper", *SHAPES)
+"""What the values of `scene_masks` stand for, in order."""
 
 # Below this the digits of the charts are no longer digits.
 _MIN_IMAGE_SIZE = 48
@@ -114,6 +116,19 @@ def scene_classes(seed: int, count: int, image_size: int = 64) -> tuple[list[byt
         images.append(_jpeg(draw_shapes(shapes, (245, 245, 240), image_size)))
         labels.append(label)
     return images, labels
+
+
+def scene_masks(seed: int, count: int, image_size: int = 64) -> list[tuple[bytes, bytes]]:
+    """Scenes of one to four shapes for a segmentation probe: a JPEG file each, and a PNG mask of indices in MASK_CLASSES.
+    Raises UserError."""
+    _check_size(image_size)
+    found = []
+    for index in range(count):
+        shapes = scattered(_rng("masks", seed, index))
+        mask = io.BytesIO()
+        draw_mask(shapes, image_size).save(mask, "PNG")
+        found.append((_jpeg(draw_shapes(shapes, (245, 245, 240), image_size)), mask.getvalue()))
+    return found
 
 
 def _view(seed: int, index: int, image_size: int) -> tuple[Task, View]:

@@ -1,4 +1,4 @@
-"""95 % intervals for proportions, for the difference of two, and for means."""
+"""95 % intervals for proportions, for means, and for differences on the same samples."""
 
 import math
 import statistics
@@ -50,19 +50,6 @@ def wilson(correct: int, total: int) -> Interval:
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half
     return Interval(low, high)
-
-
-def difference(first: float, first_interval: Interval, second: float, second_interval: Interval) -> Interval:
-    """The interval of `second - first` for two proportions with their own score intervals.
-
-    Both measured on the same samples makes it wider than need be, so a difference it excludes from zero is a safe one.
-    Source: Newcombe, "Interval estimation for the difference between independent proportions", Stat. Med. 17 (1998),
-    method 10.
-    """
-    change = second - first
-    down = math.hypot(second - second_interval.low, first_interval.high - first)
-    up = math.hypot(second_interval.high - second, first - first_interval.low)
-    return Interval(change - down, change + up)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

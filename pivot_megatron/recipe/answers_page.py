@@ -58,7 +58,7 @@ def examples_section(pairs: Sequence[HeldOut], texts: Mapping[str, Sequence[str]
         told = {"question": pair.question, "chosen": pair.chosen, **said}
         pictures.append(Picture(pair.task, _png(pair.image), told, right=right))
     lead = f"The first {SHOWN_A_TASK} questions of each task. Right is an answer that holds the right label."
-    return Section("Examples", [Pictures(pictures)], lead, note)
+    return Section("Examples", [Pictures(pictures, small=True)], lead, note)
 
 
 def _png(image: bytes) -> bytes:

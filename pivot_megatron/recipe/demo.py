@@ -9,34 +9,30 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from pivot_megatron.config.schema import Tracking
 from pivot_megatron.errors import UserError
 from pivot_megatron.recipe.demo_folder import Demo
 from pivot_megatron.recipe.demo_scale import DemoScale
-from pivot_megatron.recipe.record import DemoReport
-from pivot_megatron.recipe.report import terminal_table, write_html
 
 
-def run_demo(out: Path, processes: int, scale: DemoScale | None = None) -> None:
+def run_demo(out: Path, processes: int, tracking: Tracking, scale: DemoScale | None = None) -> None:
     """Everything, or what is still to do in `out`; then the report, and its table on stdout.
 
     Raises UserError if `out` holds a demo of other settings, RunError if a run fails.
     """
     demo = Demo(out, processes, scale or DemoScale.full())
-    finished = out / "report.json"
     _require_same_settings(demo)
-    if finished.exists():
-        report = DemoReport.from_json(json.loads(finished.read_text()))
-    else:
+    finished = out / "report.json"
+    if not finished.exists() or tracking.asked:
         # Here and not at the top: a finished demo only prints its table again, and needs no torch for that.
+        from pivot_megatron.recipe.demo_page import write_report
         from pivot_megatron.recipe.demo_phases import work
 
-        report = work(demo)
-        write_html(report, out / "report.html")
-        part = finished.with_name(finished.name + ".part")
-        part.write_text(json.dumps(report.to_json()))
-        part.replace(finished)
-    print(terminal_table(report))
-    print("\nblind: the most frequent answer to a question, without the image; init: the untrained encoder;")
+        write_report(demo, work(demo), finished, tracking)
+    print(json.loads(finished.read_text())["table"])
+    print(
+        "\nin per cent; blind: the most frequent answer to a question, without the image; init: the untrained encoder;"
+    )
     print("changed: against the folders the run began from (a key bias or an unseen word may stay as it was)")
     print(f"\nreport           {out / 'report.html'}\nevolved encoder  {demo.export('dpo', 'encoder')}")
 

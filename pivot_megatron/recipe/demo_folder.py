@@ -14,7 +14,8 @@ MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}
 
 @dataclass(frozen=True)
 class Demo:
-    """`out` holds `data`, `checkpoints` (Hugging Face folders), `runs`, `export` and `phases`."""
+    """`out` holds `data`, `checkpoints` (Hugging Face folders), `runs`, `export`, `features` (kept for probes), `gradcam` and
+    `phases`."""
 
     out: Path
     processes: int

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
-from pivot_megatron.convert.commands import export_checkpoint, trained_model
+from pivot_megatron.convert.commands import trained_model
 from pivot_megatron.convert.hf import HfTensors
 from pivot_megatron.convert.store import describe
 from pivot_megatron.data.build import load_tokenizer
@@ -24,7 +25,6 @@ from pivot_megatron.families.siglip import HF_PREFIX
 from pivot_megatron.model.composition import Stage
 from pivot_megatron.recipe.answers import ExportedModel, answer_logprobs
 from pivot_megatron.recipe.held_out import HeldOut
-from pivot_megatron.recipe.record import ExportCheck
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.train.step import forward_logprobs
 
@@ -32,13 +32,21 @@ _SEQUENCE_LENGTH = 512
 _LLAVA_PREFIXES = {"vision_tower.": "", "language_model.": ""}
 
 
-def export_once(run: Path, part: Literal["encoder", "mllm"], out: Path, original: Path | None = None) -> None:
-    """`pivot convert export` of a run's newest checkpoint, where `out` is not there yet.
+@dataclass(frozen=True)
+class ExportCheck:
+    """One exported encoder or whole model, read back by plain transformers.
 
-    With `original`, the encoder's untrained last layer, norm and head are taken from there.
+    `max_difference` is the largest absolute difference between an encoder's features, or a whole model's log-probs of
+    answers (nats), and those of the model it came from. Tensors are counted against the checkpoints that everything
+    started from; `loaded`: none was missing or left over.
     """
-    if not out.exists():
-        export_checkpoint(run, part, out, "original" if original else "drop", original)
+
+    name: str
+    folder: str
+    loaded: bool
+    max_difference: float
+    unchanged_tensors: int
+    changed_tensors: int
 
 
 def check_encoder(name: str, folder: Path, run: Path, start: Path, pairs: Sequence[HeldOut]) -> ExportCheck:

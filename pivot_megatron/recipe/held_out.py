@@ -12,7 +12,6 @@ from pathlib import Path
 from pivot_megatron.data.sample import IMAGE_MARK, Pair
 from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
-from pivot_megatron.recipe.record import AnswerScore, PreferenceScore
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,27 @@ class HeldOut:
     chosen: str
     rejected: str
     label: str
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How many of a model's answers to one task's held-out questions are right."""
+
+    model: str
+    task: str
+    correct: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PreferenceScore:
+    """How many held-out pairs of one task a model ranks right, and its mean margin: nats, chosen less rejected."""
+
+    model: str
+    task: str
+    correct: int
+    total: int
+    mean_margin: float
 
 
 def read_held_out(shards: Path) -> list[HeldOut]:

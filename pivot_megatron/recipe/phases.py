@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class Phases:
@@ -47,6 +49,13 @@ class Phases:
         self._seconds[name] = spent
         # As a later process would read it, so that both go on with the same values.
         return json.loads(json.dumps(result))
+
+    def timed(self, name: str, work: Callable[[], Result]) -> Result:
+        """What `work` returned now, of any type. It is done in every process, quickly once it has left what takes time in files
+        of its own; only how long it took the first time is kept here."""
+        found: list[Result] = []
+        self.run(name, lambda: found.append(work()))
+        return found[0] if found else work()
 
 
 def _write(path: Path, text: str) -> None:

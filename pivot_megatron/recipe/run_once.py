@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pivot_megatron.checkpoints.folder import facts_of
 from pivot_megatron.config.load import dump_config
@@ -93,12 +93,15 @@ def _require_done(code: int, told: str, folder: Path) -> None:
         raise errors.get(code, RunError)(f"{told} ended with exit code {code}, and said why above; see {folder}")
 
 
-def export_once(checkpoint: Path, out: Path) -> None:
-    """Its encoder's export, where it is not there yet. Raises UserError where that of another checkpoint is."""
+def export_once(
+    checkpoint: Path, out: Path, part: Literal["encoder", "mllm"] = "encoder", original: Path | None = None
+) -> None:
+    """A part's export, where it is not there yet. `original`: where an encoder's layers past its features are taken from; without
+    it they are dropped. Raises UserError where the export of another checkpoint is there."""
     if not out.exists():
-        export_checkpoint(checkpoint, "encoder", out, "drop", None)
+        export_checkpoint(checkpoint, part, out, "original" if original else "drop", original)
     elif read_json(out / EXPORT_NOTE).get("id") != facts_of(checkpoint)["id"]:
-        raise UserError(f"{out}: expected the encoder of {checkpoint}, found that of another run; remove it")
+        raise UserError(f"{out}: expected the {part} of {checkpoint}, found that of another run; remove it")
 
 
 def recorded(file: Path, work: Callable[[], Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ class Answered:
     model: str
     texts: tuple[str, ...]
     logprobs: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Answered:
+        """Of what `asdict` made of it, as JSON brings it back."""
+        return cls(told["model"], tuple(told["texts"]), tuple((one, other) for one, other in told["logprobs"]))
 
 
 @dataclass(frozen=True)

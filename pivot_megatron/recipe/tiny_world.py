@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from pivot_megatron.convert.tiny_checkpoints import make_head, make_tokenizer
-from pivot_megatron.data_prep.synthetic import SCENE_CLASSES, scene_classes
 from pivot_megatron.quiet import quiet
 from pivot_megatron.recipe.demo_folder import Demo
 from pivot_megatron.recipe.demo_scale import DemoScale
-from pivot_megatron.recipe.demo_world import corpus, make_data, make_encoder_of, once
+from pivot_megatron.recipe.demo_world import corpus, make_data, make_encoder_of, make_scenes, once
 
 HEADS = {"small": (64, 2), "medium": (96, 3), "large": (128, 4)}
 """Hidden size and layers of each."""
@@ -26,21 +25,12 @@ def make_world(out: Path, scale: DemoScale) -> None:
     """`out/data` and `out/checkpoints`; what is there already stays."""
     demo = Demo(out, 1, scale)
     make_data(demo)
-    for n, (split, count) in enumerate((("train", scale.probe_train), ("test", scale.probe_test))):
-        once(demo.data("scenes") / split, partial(_write_scenes, scale, scale.seed + 4 + n, count))
+    make_scenes(demo)
     make_encoder_of(demo)
     tokenizer = make_tokenizer(corpus(demo), scale.vocabulary)
     for n, (name, (hidden, layers)) in enumerate(HEADS.items()):
         head = partial(make_head, hidden_size=hidden, layers=layers, ffn=3 * hidden, seed=scale.seed + 10 + n)
         once(demo.checkpoint(name), partial(head, tokenizer=tokenizer, heads=4, kv_heads=2, tied=True))
-
-
-def _write_scenes(scale: DemoScale, seed: int, count: int, out: Path) -> None:
-    images, labels = scene_classes(seed, count, scale.image_size)
-    for n, (image, label) in enumerate(zip(images, labels, strict=True)):
-        file = out / SCENE_CLASSES[label] / f"{n:05d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(image)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -79,18 +79,16 @@ def interval_table(
     heads: Sequence[str],
     *,
     zero: bool = False,
-    step: float | None = None,
     lines: dict[str, Line] | None = None,
 ) -> IntervalTable:
-    """The scale reaches from one multiple of `step` to another, around every interval, line and, where asked for, zero; without
-    a `step` it is the round number that cuts what there is to see into four or fewer."""
+    """The scale reaches from one multiple of a step to another, around every interval, line and, where asked for, zero; the step
+    is the round number that cuts what there is to see into four or fewer."""
     lines = lines or {}
     ends = [end for row in rows for end in ((row.low, row.high) if row.finite else (row.value,))]
     ends += [line.value for line in lines.values()] + [0.0] * zero
     low, high = min(ends, default=0.0), max(ends, default=100.0)
-    if step is None:
-        ticks = nice_ticks(low, high, most=4)
-        step = ticks[1] - ticks[0] if len(ticks) > 1 else max(high - low, 1.0)
+    ticks = nice_ticks(low, high, most=4)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else max(high - low, 1.0)
     scale = Scale(step * math.floor(low / step), step * math.ceil(high / step))
     if scale.low == scale.high:
         scale = Scale(scale.low - step, scale.high + step)

@@ -62,7 +62,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
+    """`small`: each beside what is told of it, several in a row; else one below another, as wide as the text at most."""
+
     pictures: Sequence[Picture]
+    small: bool = False
     kind: ClassVar = "pictures"
 
 
@@ -101,4 +104,4 @@ class Page:
 
 def write_page(page: Page, path: Path) -> None:
     """As one self-contained file: no scripts, no other files, nothing fetched. All text is escaped."""
-    write_template(path, "pivot_megatron.report", "page.html.j2", page=page)
+    write_template(path, "page.html.j2", page=page)

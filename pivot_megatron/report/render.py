@@ -1,4 +1,4 @@
-"""Templates, of this package and of others that extend its base, to pages that hold all they need."""
+"""Templates of this package to pages that hold all they need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import jinja2
 
 
-def write_template(path: Path, package: str, template: str, **names: Any) -> None:
-    """`template`: of `package`; it may extend the base beside this file, and import the macros."""
-    loaders = [jinja2.PackageLoader(name, "") for name in ("pivot_megatron.report", package)]
+def write_template(path: Path, template: str, **names: Any) -> None:
+    """`template`: a file beside this one."""
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
+        loader=jinja2.PackageLoader("pivot_megatron.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pivot_megatron.recipe.record import DemoReport
+from tests.html_page import whole_page
 
 PROGRAM = """
 import sys
@@ -72,19 +73,32 @@ def test_demo_goes_on_after_ctrl_c_and_kill(tmp_path: Path) -> None:
     aligned = (out / "phases" / "align.json").read_text()
 
     process = start(out)
-    table, errors = process.communicate(timeout=400)
+    table, errors = process.communicate(timeout=480)
     assert process.returncode == 0, errors
     assert "Warning" not in errors and "Traceback" not in errors
     assert (out / "phases" / "align.json").read_text() == aligned
 
-    report = DemoReport.from_json(json.loads((out / "report.json").read_text()))
-    assert {score.model for score in report.answers} == {"blind", "base", "sft", "dpo"}
-    assert {score.encoder for score in report.probes} == {"init", "base", "sft", "dpo"}
-    assert len(report.exports) == 7 and all(check.loaded and check.max_difference < 1e-3 for check in report.exports)
-    kept = {check.name: (check.changed_tensors, check.unchanged_tensors) for check in report.exports}
+    report = json.loads((out / "report.json").read_text())
+    assert [one["model"] for one in report["answers"]["models"]] == ["base", "sft", "dpo"]
+    for one in (report["linear"]["scenes"], report["segmentation"]):
+        assert [score["encoder"] for score in one["scores"]] == ["base", "sft", "dpo", "init"]
+    assert len(report["differences"]) == 2 * 3 + 2 * 4 and all(one["interval"]["low"] is not None for one in report["differences"])
+    exports = report["exports"]
+    assert len(exports) == 7 and all(check["loaded"] and check["max_difference"] < 1e-3 for check in exports)
+    kept = {check["name"]: (check["changed_tensors"], check["unchanged_tensors"]) for check in exports}
     dropped, whole = kept["dpo encoder"], kept["dpo encoder, old last layer"]
     assert whole[0] == dropped[0] and whole[1] > dropped[1]  # last layer, norm and head, none of which trained
-    assert "<html" in (out / "report.html").read_text()
+    assert report["table"] in table and report["versions"]["megatron-core"] and len(report["seconds"]) == 13
+
+    page = whole_page(out / "report.html")
+    figures = [Path(out, "gradcam", sample["figure"]) for sample in report["gradcam"]["samples"]]
+    drawn = {base64.b64decode(one.split(",")[1]) for one in page.addresses}
+    assert len(figures) == 2 and {figure.read_bytes() for figure in figures} <= drawn
+    assert len(page.addresses) == 9 + 1 + 2  # examples, maps, gradients
+    for sample in report["gradcam"]["samples"]:
+        assert [seen["encoder"] for seen in sample["seen"]] == ["base", "sft", "dpo"]
+    for part in ("Differences", "Linear probe of scenes: accuracy", "Segmentation: maps", "Training", "Exports", "Time"):
+        assert f" {part} " in page.text, part
 
     process = start(out)
     again, errors = process.communicate(timeout=60)

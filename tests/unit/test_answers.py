@@ -8,7 +8,6 @@ from pivot_megatron.config.load import load_config
 from pivot_megatron.config.shipped import shipped_config
 from pivot_megatron.data_prep.synthetic import write_pairs
 from pivot_megatron.errors import UserError
-from pivot_megatron.recipe.collect import examples
 from pivot_megatron.recipe.demo_folder import RUNS, Demo
 from pivot_megatron.recipe.demo_runs import run_config
 from pivot_megatron.recipe.demo_scale import DemoScale
@@ -77,12 +76,6 @@ def test_held_out_pairs_lose_the_image_mark(tmp_path: Path) -> None:
         read_held_out(tmp_path / "text")
 
 
-def test_examples_are_the_first_of_each_task() -> None:
-    pairs = [pair("a", "1"), pair("a", "2"), pair("b", "3")]
-    shown = examples(pairs, {"x": ["It is 1.", "?", "?"], "y": ["?", "?", "It is 3."]}, a_task=1)
-    assert [(one.task, one.truth, one.right) for one in shown] == [("a", "It is 1.", ["x"]), ("b", "It is 3.", ["y"])]
-
-
 def test_a_phase_is_done_once(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -95,6 +88,18 @@ def test_a_phase_is_done_once(tmp_path: Path) -> None:
     again = Phases(tmp_path, 1)
     assert again.run("look", work) == {"found": [1, 2]}
     assert len(calls) == 1 and again.seconds == first.seconds
+
+
+def test_work_that_is_only_timed_is_done_again_and_its_time_is_the_firsts(tmp_path: Path) -> None:
+    found: list[object] = []
+
+    def work() -> object:
+        found.append(object())
+        return found[-1]
+
+    first, again = Phases(tmp_path, 1), Phases(tmp_path, 1)
+    assert first.timed("look", work) is found[0] and again.timed("look", work) is found[1]
+    assert len(found) == 2 and again.seconds == first.seconds
 
 
 def test_a_phase_that_broke_off_is_done_again_and_its_time_counted(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestCentroid
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe import linear
 from pivot_megatron.probe.digits import digits
-from pivot_megatron.probe.interval import crossed_change, crossed_mean, difference, mean_interval, wilson
+from pivot_megatron.probe.interval import crossed_change, crossed_mean, mean_interval, wilson
 from pivot_megatron.probe.linear import (
     C_GRID,
     ProbeResult,
@@ -44,15 +44,6 @@ def test_wilson_matches_published_values(correct: int, total: int, low: float, h
 def test_wilson_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="correct=3, total=2"):
         wilson(3, 2)
-
-
-def test_difference_matches_published_values() -> None:
-    # Newcombe (1998), example (a): 56/70 against 48/80, method 10.
-    change = difference(48 / 80, wilson(48, 80), 56 / 70, wilson(56, 70))
-    assert change.low == pytest.approx(0.0524, abs=5e-5)
-    assert change.high == pytest.approx(0.3339, abs=5e-5)
-    assert 0.0 not in change
-    assert 0.0 in difference(0.5, wilson(5, 10), 0.6, wilson(6, 10))
 
 
 def test_planted_features_score_everything() -> None:

@@ -14,9 +14,11 @@ from pivot_megatron.data.shards import open_shards
 from pivot_megatron.data_prep.question import COLORS, NUMBER_WORDS, TASKS
 from pivot_megatron.data_prep.scenes import Shape, draw_shapes
 from pivot_megatron.data_prep.synthetic import (
+    MASK_CLASSES,
     SCENE_CLASSES,
     make_question,
     scene_classes,
+    scene_masks,
     write_conversations,
     write_pairs,
 )
@@ -245,6 +247,21 @@ def test_progress_and_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixtur
         write_pairs(tmp_path / "b", 0, seed=1)
     with pytest.raises(UserError, match="share"):
         write_pairs(tmp_path / "b", 1, seed=1, text_only=1.5)
+
+
+def test_masks_cover_the_shapes_of_their_scenes() -> None:
+    pairs = scene_masks(3, 24, 64)
+    assert pairs == scene_masks(3, 24, 64)
+    seen = set()
+    for encoded, encoded_mask in pairs:
+        image = np.asarray(Image.open(io.BytesIO(encoded)), dtype=int)
+        mask = np.asarray(Image.open(io.BytesIO(encoded_mask)))
+        assert mask.shape == (64, 64) and mask.dtype == np.uint8
+        seen |= set(np.unique(mask).tolist())
+        shown = np.min([np.abs(image - rgb).max(axis=2) for rgb in COLORS.values()], axis=0) < 30
+        # They part at smoothed edges alone.
+        assert (shown & (mask == 0)).sum() < 20 and ((mask > 0) & ~shown).sum() < 0.5 * (mask > 0).sum()
+    assert seen == set(range(len(MASK_CLASSES)))
 
 
 def test_scene_classes_are_balanced_and_named_by_the_large_shape() -> None:

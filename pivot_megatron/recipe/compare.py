@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
-from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.config.schema import Model, RunConfig
+from pivot_megatron.convert.fingerprint import start_fingerprint
+from pivot_megatron.convert.start import pinned
 from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
+from pivot_megatron.probe.kept import made_by
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe.comparison import START, Measured, Member, as_json, as_text, figures_of, members, variants
 from pivot_megatron.recipe.comparison_page import comparison_page
@@ -27,9 +31,17 @@ from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.page import write_page
 from pivot_megatron.report.tracked import track
 from pivot_megatron.requeue import StopRequests
+from pivot_megatron.train.begun import require_begun
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import write_atomically
 from pivot_megatron.train.tracking import require_trackers
+
+_ANSWERED_BY = (
+    "pivot_megatron.convert.export",
+    *(f"pivot_megatron.recipe.{module}" for module in ("answers", "held_out", "small_tasks")),
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,10 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     if settings.pairs is not None:
         read_held_out(settings.pairs)
     _require_counts(settings.counts, configs)
-    start = _start(next(iter(configs.values())))
+    start = pinned(next(iter(configs.values())).model)  # once: what it names may train on meanwhile
+    configs = {name: replace(config, model=start) for name, config in configs.items()}
+    encoder = _start(start)
+    begun = {seed: start_fingerprint(start, seed) for seed in settings.seeds}
     every = members(configs, settings.seeds, settings.counts, settings.out)
     for member in every:
         write_run(member.name, member.config)
@@ -71,12 +86,12 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         except StoppedError:
             print(f"compare: stopped in {member.name}, which has saved; the same command goes on", file=sys.stderr)
             return False
+        _require_begun(member, begun[member.seed])
         export_once(resolve_checkpoint(member.config.out), member.encoder)
-    _require_one_start(every)
     found = []
     for count in settings.counts:
         runs = [one for one in every if one.count == count]
-        found.append(_encoders(settings, configs, runs, start))
+        found.append(_encoders(settings, configs, runs, encoder))
         if settings.pairs is not None:
             found += _models(settings, settings.pairs, configs, runs)
     facts = {**vars(settings), "probe": vars(settings.probe)}
@@ -105,14 +120,15 @@ def _require_counts(counts: Sequence[int | None], configs: Mapping[str, RunConfi
         raise UserError(f"--samples: expected at most the {there} that {shards[0].folder} has, found {max(asked)}")
 
 
-def _require_one_start(every: Sequence[Member]) -> None:
-    starts = {member.name: dict(progress_of(resolve_checkpoint(member.config.out)).start) for member in every}
-    (first, begun), *others = starts.items()
-    for name, start in others:
-        if start != begun:
-            raise UserError(
-                f"{name}: began from {start}, {first} from {begun}; a comparison has one start, so remove those of one of them"
-            )
+def _require_begun(member: Member, begun: Mapping[str, str]) -> None:
+    """Raises UserError where a finished member did not begin from what all others do, `begun`."""
+    config = member.config
+    try:
+        require_begun(
+            progress_of(resolve_checkpoint(config.out)).begun, config.model, begun, f"remove {config.out.parent}"
+        )
+    except UserError as error:
+        raise UserError("\n".join(f"{member.name}: {line}" for line in str(error).splitlines())) from None
 
 
 def _encoders(
@@ -136,8 +152,9 @@ def _encoders(
 def _models(
     settings: CompareSettings, pairs: Path, configs: Mapping[str, RunConfig], runs: Sequence[Member]
 ) -> tuple[Measured, Measured]:
-    """Of one count, which answers are right and which pairs are ranked right. A model's answers are kept beside it, by pairs."""
-    asked = open_shards(pairs).fingerprint[:8]
+    """Of one count, which answers are right and which pairs are ranked right. A model's answers are kept beside it, by pairs and
+    by the code that asked."""
+    asked = f"{open_shards(pairs).fingerprint} {made_by(*_ANSWERED_BY)}"
 
     def ask(model: Path, folder: Path) -> dict[str, list[float]]:
         def answered() -> dict[str, list[float]]:
@@ -145,9 +162,9 @@ def _models(
             scores = {"answers": report.answers(), "pairs": report.preferences()}
             return {measure: found[0].values[0].tolist() for measure, found in scores.items()}
 
-        found: dict[str, list[float]] = recorded(
-            folder / f"answers-{asked}-{facts_of(resolve_checkpoint(model))['id'][:8]}.json", answered
-        )
+        told = f"{asked} {facts_of(resolve_checkpoint(model))['id']}"
+        file = folder / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
+        found: dict[str, list[float]] = recorded(file, answered)
         return found
 
     answers = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
@@ -180,8 +197,8 @@ def _start_model(config: RunConfig) -> Path | None:
     return next(iter(parts)) if len(parts) == 1 else None
 
 
-def _start(config: RunConfig) -> Path:
-    encoder = config.model.encoder
+def _start(model: Model) -> Path:
+    encoder = model.encoder
     found = encoder.hf or encoder.checkpoint
     if encoder.hf is not None and (encoder.image_size or encoder.max_patches):
         raise UserError(

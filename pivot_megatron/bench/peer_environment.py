@@ -7,7 +7,6 @@ needs. So the project itself does not depend on its peer.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pivot_megatron.errors import UserError
+from pivot_megatron.user_cache import cache_folder
 
 PINS = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0")
 _SHARED = ("torch", "transformers")  # pinned to what this interpreter has, so that nothing puts another beside it
@@ -24,7 +24,7 @@ _MARK = "complete"  # a file that is written last
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pivot-megatron" / "peers"
+    return cache_folder("peers")
 
 
 def peer_python(cache: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 from pivot_megatron.checkpoints.manifest import Manifest
 from pivot_megatron.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 _STEP = re.compile(r"step-(\d+)$")
 _SAVED = "saved.json"
 _BULK = ".distcp"  # what tensors lie in; the files beside are small

@@ -45,6 +45,7 @@ class PackedBatch:
     max_position: int  # highest of `positions`, known on the host
     keys: tuple[str, ...]  # [S] sample keys
     digests: tuple[bytes, ...]  # [S] the same of what each one's tokens are, see Tokenized
+    image_digests: tuple[bytes, ...] = ()  # [S] and of its images, see `images_digest`; empty where none are read
 
     @property
     def samples(self) -> int:

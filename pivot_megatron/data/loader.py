@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from pivot_megatron.data.order import Order
 from pivot_megatron.data.packing import pack
 from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.plan import Shown, Size, plan_micro_batches
-from pivot_megatron.data.reference import ReferenceFile
+from pivot_megatron.data.reference import ReferenceFile, images_digest
 from pivot_megatron.data.sample import BadSample, Pair
 from pivot_megatron.data.tokens import DoesNotFit, SampleTokenizer, Tokenized
 from pivot_megatron.data.views import ImageViews, View
@@ -175,7 +176,7 @@ class Loader:
         """`data` with its reference log-probs, where this loader has them."""
         if not self.reference:
             return data
-        found = map(self._reference, data.chosen)
+        found = map(self._reference, data.chosen, data.micro_batches)
         batches = (replace(batch, reference=logps) for batch, logps in zip(data.micro_batches, found, strict=True))
         return replace(data, micro_batches=tuple(batches))
 
@@ -220,6 +221,7 @@ class Loader:
         decoded = dict(zip(encoded, self._decoded(decode, list(encoded.values())), strict=True))
         kept: list[Chosen] = []
         index: list[bytes] = []
+        digests: list[bytes] = []
         for (at, sample), names, _ in read:
             broken = [found for name in names if isinstance(found := decoded[name], ImageError)]
             if broken:
@@ -227,22 +229,25 @@ class Loader:
                 continue
             kept.append((at, sample))
             index += names
+            digests.append(images_digest(names))
         places = {name: n for n, name in enumerate(dict.fromkeys(index))}
         pixels = [image for name in places if isinstance(image := decoded[name], torch.Tensor)]
         samples = [sample for _, sample in kept]
         rows = [places[name] for name in index]
         batch = pack(samples, pixels, self.tokenize.branches, self.pack_multiple, rows)
+        if self.with_images:
+            batch = replace(batch, image_digests=tuple(digests))
         return (batch.pinned() if self.pinned else batch), tuple(kept)
 
     def _decoded(self, decode: Decoder, encoded: Sequence[bytes]) -> Sequence[Decoded]:
         """Nothing of each image on a rank that has no encoder to show it to."""
         return decode(encoded) if self.with_images else [torch.zeros(0)] * len(encoded)
 
-    def _reference(self, chosen: Sequence[Chosen]) -> torch.Tensor:
+    def _reference(self, chosen: Sequence[Chosen], batch: PackedBatch) -> torch.Tensor:
         found = [torch.zeros(0)]
-        for index, sample in chosen:
+        for (index, sample), images in zip_longest(chosen, batch.image_digests):
             folder, position = self.samples.place(index)
-            found.append(self.reference[folder].logprobs(position, sample))
+            found.append(self.reference[folder].logprobs(position, sample, images))
         return torch.cat(found)
 
     def _images(self, index: int, count: int) -> list[bytes]:

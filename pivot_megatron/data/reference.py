@@ -1,8 +1,9 @@
 """Reference log-probs beside the shards: one Parquet file a model, a row a sample, found again by position and by content.
 
-`reference-<model>.parquet` is named by a digest of the model that it was computed with, so those of several models lie side by
-side. Its columns: `key`; `tokens`, a digest of everything the log-probs were computed over; `chosen` and `rejected`, the
-log-probs of each answer's tokens, null where the sample did not fit. Its metadata hold `Facts`.
+`reference-<digest>.parquet` is named by the model that it was computed with and by how samples reach it, so those of several
+models, templates or image backends lie side by side. Its columns: `key`; `tokens` and `images`, digests of everything the
+log-probs were computed over; `chosen` and `rejected`, the log-probs of each answer's tokens, null where the sample was left out.
+Its metadata hold `Facts`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,11 +26,12 @@ from torch import Tensor
 from pivot_megatron.data.tokens import Tokenized
 from pivot_megatron.errors import RunError, UserError
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("tokens", pa.binary(16)),
+        ("images", pa.binary(16)),
         ("chosen", pa.list_(pa.float32())),
         ("rejected", pa.list_(pa.float32())),
     ]
@@ -43,14 +46,19 @@ def _digest(value: object) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What reference log-probs follow from: the model, by parts, and how samples reach it."""
+    """What reference log-probs follow from: the model, by parts; `data`, how samples reach it; `shards`, which those are. Samples
+    that take more than `sequence_length` tokens have none."""
 
     model: Mapping[str, str]
     data: Mapping[str, str]
+    shards: str
+    sequence_length: int
 
     @property
     def name(self) -> str:
-        return f"reference-{_digest(dict(self.model))}.parquet"
+        """The same for any length: what had room at one has the same log-probs at another. The same for any shards, beside which
+        it lies: a file of what they were before is stale."""
+        return f"reference-{_digest([dict(self.model), dict(self.data)])}.parquet"
 
     @property
     def parts(self) -> str:
@@ -60,13 +68,19 @@ class Facts:
 
 @dataclass(frozen=True)
 class Row:
-    """`tokens`: `Tokenized.digest`. `chosen`, `rejected`: log-probs of the answers' tokens; None for a sample that does not
-    fit."""
+    """`tokens`: `Tokenized.digest`. `images`: `images_digest`. `chosen`, `rejected`: log-probs of the answers' tokens; None for a
+    sample that does not fit."""
 
     key: str
     tokens: bytes
+    images: bytes
     chosen: Sequence[float] | None
     rejected: Sequence[float] | None
+
+
+def images_digest(images: Sequence[bytes]) -> bytes:
+    """16 bytes that name a sample's images, of the digests of each as it lies in the shards, in the order of their places."""
+    return hashlib.blake2b(b"".join(images), digest_size=16).digest()
 
 
 def write_rows(path: Path, rows: Sequence[Row], facts: Facts, seconds: float) -> None:
@@ -126,12 +140,13 @@ class ReferenceFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a whole file of reference log-probs ({error}); {self._remedy}") from None
         self._require_facts(about, facts)
+        self._made_at = int(about["sequence_length"])
         if table.column("key").to_pylist() != list(keys):
             raise UserError(
                 f"{path}: incomplete: expected {len(keys)} samples, the keys of the shards in order, found {len(table)}; "
                 f"{self._remedy}"
             )
-        self._tokens = table.column("tokens").to_pylist()
+        self._tokens, self._images = (table.column(name).to_pylist() for name in ("tokens", "images"))
         self._answers = [_Lists(table.column(name).combine_chunks()) for name in ("chosen", "rejected")]
 
     @property
@@ -141,20 +156,41 @@ class ReferenceFile:
     def _require_facts(self, about: Mapping[str, Any], facts: Facts) -> None:
         if about.get("version") != VERSION:
             raise UserError(f"{self.path}: expected version {VERSION}, found {about.get('version')}; {self._remedy}")
-        for name, value in {**facts.model, **facts.data}.items():
-            found = {**about["model"], **about["data"]}.get(name)
-            if found != value:
+        expected, told = ({**one["model"], **one["data"], "shards": one["shards"]} for one in (asdict(facts), about))
+        for name, value in expected.items():
+            if told.get(name) != value:
                 raise UserError(
-                    f"{self.path}: stale: made with {name} {found}, this run has {value}; {self._remedy}, or restore {name}"
+                    f"{self.path}: stale: made with {name} {told.get(name)}, this run has {value}; {self._remedy}, or "
+                    f"restore {name}"
                 )
 
-    def logprobs(self, position: int, sample: Tokenized) -> Tensor:
-        """`[N]` float32: those of the predicted tokens of `sample`'s branches, one after another."""
+    def require_room(self, positions: npt.NDArray[np.int64], sequence_length: int) -> None:
+        """Raises UserError where one of these samples was left out for its length, and may have room in `sequence_length`."""
+        if sequence_length <= self._made_at:
+            return
+        left_out = int((~self._answers[0].valid[positions]).sum())
+        if left_out:
+            raise UserError(
+                f"{self.path}: made at a sequence_length of {self._made_at}, which left out {left_out} of this run's "
+                f"{len(positions)} samples; this run has {sequence_length}: {self._remedy}, or restore sequence_length"
+            )
+
+    def logprobs(self, position: int, sample: Tokenized, images: bytes | None = None) -> Tensor:
+        """`[N]` float32: those of the predicted tokens of `sample`'s branches, one after another. `images`: its `images_digest`,
+        None where its images are not read. Raises RunError where it is not the sample that they were made of."""
         answers = [answer.at(position) for answer in self._answers[: len(sample.branches)]]
-        if self._tokens[position] != sample.digest or any(a is None for a in answers):
+        if any(answer is None for answer in answers):
             raise RunError(
-                f"{self.path}: stale: sample {sample.key} has other tokens than when it was made (another tokenizer or "
-                f"sequence length); {self._remedy}"
+                f"{self.path}: stale: sample {sample.key} was left out when it was made, and is not now; {self._remedy}"
+            )
+        if self._tokens[position] != sample.digest:
+            raise RunError(
+                f"{self.path}: stale: sample {sample.key} has other tokens than when it was made; {self._remedy}"
+            )
+        if images is not None and self._images[position] != images:
+            raise RunError(
+                f"{self.path}: stale: sample {sample.key} has another image than when it was made, so its tar was changed; "
+                "restore that, or run `pivot data index` and `pivot reference` again"
             )
         return torch.from_numpy(np.concatenate([a for a in answers if a is not None]))
 
@@ -165,7 +201,7 @@ class _Lists:
     def __init__(self, column: Any) -> None:
         self._ends = column.offsets.to_numpy()
         self._values = column.values.to_numpy()
-        self._valid = column.is_valid().to_numpy(zero_copy_only=False)
+        self.valid = column.is_valid().to_numpy(zero_copy_only=False)
 
     def at(self, row: int) -> np.ndarray | None:
-        return self._values[self._ends[row] : self._ends[row + 1]] if self._valid[row] else None
+        return self._values[self._ends[row] : self._ends[row + 1]] if self.valid[row] else None

@@ -7,6 +7,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,12 +58,22 @@ def kept_file(folder: Path, told: str) -> Path:
 
 @cache
 def made_by(*what: str) -> str:
-    """The contents of source files and versions of installed packages: what they make is made anew where one of them differs."""
+    """The contents of source files and modules of this project, and versions of installed packages: what they make is made anew
+    where one of them differs."""
     told = [
-        hashlib.sha256(Path(one).read_bytes()).hexdigest() if one.endswith(".py") else installed_version(one)
+        installed_version(one) if source is None else hashlib.sha256(source.read_bytes()).hexdigest()
         for one in what
+        for source in [_source(one)]
     ]
     return " ".join(map(str, told))
+
+
+def _source(what: str) -> Path | None:
+    """The file of a module of this project, or the source file that `what` is itself. None of a package's name."""
+    if what.endswith(".py"):
+        return Path(what)
+    spec = find_spec(what) if what.startswith("pivot_megatron.") else None
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def digest_of(*arrays: npt.NDArray[Any]) -> str:

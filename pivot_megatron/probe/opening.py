@@ -25,7 +25,19 @@ from pivot_megatron.errors import UserError
 from pivot_megatron.families.architecture import EncoderArchitecture
 from pivot_megatron.families.registry import ENCODERS, encoder_architecture
 from pivot_megatron.probe.encoder import FeaturePlace, FrozenEncoder
+from pivot_megatron.probe.kept import made_by
 from pivot_megatron.runtime.device import current_platform
+
+SEEN_BY = (
+    "pivot_megatron.convert.reference",
+    "pivot_megatron.data.images",
+    "pivot_megatron.data.views",
+    "pivot_megatron.probe.encoder",
+    "pivot_megatron.probe.features",
+    "torch",
+    "transformers",
+)
+"""What decides an encoder's features beside its files and the image's, as `made_by` takes it."""
 
 
 def require_sources(sources: Sequence[Path], projected: bool = False) -> None:
@@ -77,7 +89,7 @@ def _of_folder(folder: Path, feature_layer: int | None) -> FrozenEncoder:
     model = reference_encoder(arch.family, folder, "sdpa")
     _require_weights(folder, model, place)
     model.model.to(current_platform().device)
-    told = f"{folder_fingerprint(folder)} {views.fingerprint} {place.told}"
+    told = f"{folder_fingerprint(folder)} {views.fingerprint} {place.told} {made_by(*SEEN_BY)}"
     return FrozenEncoder(model, arch, place, views, hashlib.sha256(told.encode()).hexdigest(), arch.hidden)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
-from pivot_megatron.config.schema import RunConfig
+from pivot_megatron.config.schema import Model, RunConfig
+from pivot_megatron.convert.fingerprint import start_fingerprint
+from pivot_megatron.convert.start import pinned
 from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.data.shards import open_shards
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.classes import LinearSettings, probe_encoders, require_sets
+from pivot_megatron.probe.kept import made_by
 from pivot_megatron.probe.table import Score
 from pivot_megatron.recipe import run_differences
 from pivot_megatron.recipe.answers_page import examples_section
@@ -32,9 +36,17 @@ from pivot_megatron.report.facts import together, told
 from pivot_megatron.report.page import write_page
 from pivot_megatron.report.tracked import track
 from pivot_megatron.requeue import StopRequests
+from pivot_megatron.train.begun import require_begun
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import write_atomically
 from pivot_megatron.train.tracking import require_trackers
+
+_ANSWERED_BY = (
+    "pivot_megatron.convert.export",
+    *(f"pivot_megatron.recipe.{module}" for module in ("answers", "held_out", "small_tasks")),
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,10 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
     require_sets(settings.probe, settings.out / "features")
     held_out = [] if settings.pairs is None else read_held_out(settings.pairs)
     _require_counts(settings.counts, configs)
-    start = _start(next(iter(configs.values())))
+    start = pinned(next(iter(configs.values())).model)  # once: what it names may train on meanwhile
+    configs = {name: replace(config, model=start) for name, config in configs.items()}
+    encoder = _start(start)
+    begun = {seed: start_fingerprint(start, seed) for seed in settings.seeds}
     every = members(configs, settings.seeds, settings.counts, settings.out)
     for member in every:
         write_run(member.name, member.config)
@@ -78,14 +93,14 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
         except StoppedError:
             print(f"compare: stopped in {member.name}, which has saved; the same command goes on", file=sys.stderr)
             return False
+        _require_begun(member, begun[member.seed])
         export_once(resolve_checkpoint(member.config.out), member.encoder)
-    _require_one_start(every)
     found: list[Measured] = []
     texts: dict[float, dict[str, Sequence[str]]] = {}
     try:
         for count in settings.counts:
             runs = [one for one in every if one.count == count]
-            found.append(_encoders(settings, configs, runs, start, requests))
+            found.append(_encoders(settings, configs, runs, encoder, requests))
             if settings.pairs is not None:
                 measured, texts[count or math.inf] = _models(settings, settings.pairs, configs, runs, requests)
                 found += measured
@@ -94,42 +109,50 @@ def compare(settings: CompareSettings, processes: int | None, requests: StopRequ
             "compare: stopped between two models; what was found is kept, and the same command goes on", file=sys.stderr
         )
         return False
-    text = f"{run_differences.as_text(varied, note)}\n{as_text(found)}"
-    _tell(settings, configs, every, found, held_out, texts[max(texts)] if texts else {}, varied, note, text)
-    print(text)
+    findings = _Findings(varied, note, found, held_out, texts[max(texts)] if texts else {})
+    _tell(settings, configs, every, findings)
+    print(findings.as_text())
     return True
 
 
+@dataclass(frozen=True)
+class _Findings:
+    """`varied`, `twin`: in what the runs differ, and what is to be said of a twin. `texts`: answers to `held_out`, by model."""
+
+    varied: run_differences.Differences
+    twin: str
+    measured: Sequence[Measured]
+    held_out: Sequence[HeldOut]
+    texts: Mapping[str, Sequence[str]]
+
+    def as_text(self) -> str:
+        return f"{run_differences.as_text(self.varied, self.twin)}\n{as_text(self.measured)}"
+
+
 def _tell(
-    settings: CompareSettings,
-    configs: Mapping[str, RunConfig],
-    every: Sequence[Member],
-    found: Sequence[Measured],
-    held_out: Sequence[HeldOut],
-    texts: Mapping[str, Sequence[str]],
-    varied: run_differences.Differences,
-    note: str,
-    text: str,
+    settings: CompareSettings, configs: Mapping[str, RunConfig], every: Sequence[Member], found: _Findings
 ) -> None:
-    """The JSON, the page and what trackers are told. `texts`: answers to `held_out`, by model. `varied`, `note`: in what the runs
-    differ. `text`: what is printed."""
-    facts = {**vars(settings), "probe": vars(settings.probe)}
+    """The JSON, the page and what trackers are told."""
     versions = together([environment_facts(member.config.out) for member in every])
-    runs = {member.name: run_settings(member.config) for member in every}
-    more = training_sections(every)
-    if texts:
-        note = f"Of the runs with seed {settings.seeds[0]}, over the most samples."
-        more.insert(0, examples_section(held_out, texts, note))
-    examples = examples_told(held_out, texts) if texts else []
-    json_told = as_json(facts, found, examples=examples, runs=runs, versions=versions, differences=varied)
+    json_told = as_json(
+        {**vars(settings), "probe": vars(settings.probe)},
+        found.measured,
+        examples=examples_told(found.held_out, found.texts) if found.texts else [],
+        runs={member.name: run_settings(member.config) for member in every},
+        versions=versions,
+        differences=found.varied,
+    )
     write_atomically(settings.out / "compare.json", json_told)
-    more.append(runs_section(every))
-    page = comparison_page(found, settings.seeds, _settings_told(settings, configs), versions, more)
-    page = replace(page, sections=[run_differences.section(varied, note), *page.sections])
+    more = [*training_sections(every), runs_section(every)]
+    if found.texts:
+        note = f"Of the runs with seed {settings.seeds[0]}, over the most samples."
+        more.insert(0, examples_section(found.held_out, found.texts, note))
+    page = comparison_page(found.measured, settings.seeds, _settings_told(settings, configs), versions, more)
+    page = replace(page, sections=[run_differences.section(found.varied, found.twin), *page.sections])
     written = settings.out / "report.html"
     write_page(page, written)
     tracking = next(iter(configs.values())).tracking
-    track(page.title, tracking, written, page, text, figures_of(found))
+    track(page.title, tracking, written, page, found.as_text(), figures_of(found.measured))
 
 
 def _settings_told(settings: CompareSettings, configs: Mapping[str, RunConfig]) -> dict[str, str]:
@@ -148,14 +171,15 @@ def _require_counts(counts: Sequence[int | None], configs: Mapping[str, RunConfi
         raise UserError(f"--samples: expected at most the {there} that {shards[0].folder} has, found {max(asked)}")
 
 
-def _require_one_start(every: Sequence[Member]) -> None:
-    starts = {member.name: dict(progress_of(resolve_checkpoint(member.config.out)).start) for member in every}
-    (first, begun), *others = starts.items()
-    for name, start in others:
-        if start != begun:
-            raise UserError(
-                f"{name}: began from {start}, {first} from {begun}; a comparison has one start, so remove those of one of them"
-            )
+def _require_begun(member: Member, begun: Mapping[str, str]) -> None:
+    """Raises UserError where a finished member did not begin from what all others do, `begun`."""
+    config = member.config
+    try:
+        require_begun(
+            progress_of(resolve_checkpoint(config.out)).begun, config.model, begun, f"remove {config.out.parent}"
+        )
+    except UserError as error:
+        raise UserError("\n".join(f"{member.name}: {line}" for line in str(error).splitlines())) from None
 
 
 def _encoders(
@@ -189,8 +213,8 @@ def _models(
     requests: StopRequests,
 ) -> tuple[list[Measured], dict[str, Sequence[str]]]:
     """Of one count, which answers are right and which pairs are ranked right; and the answers of the first seed's models, by
-    variant. A model's answers are kept beside it, by pairs."""
-    asked = open_shards(pairs).fingerprint[:8]
+    variant. A model's answers are kept beside it, by pairs and by the code that asked."""
+    asked = f"{open_shards(pairs).fingerprint} {made_by(*_ANSWERED_BY)}"
 
     def ask(model: Path, folder: Path) -> dict[str, Any]:
         def answered() -> dict[str, Any]:
@@ -200,9 +224,9 @@ def _models(
             right = {measure: found[0].values[0].tolist() for measure, found in scores.items()}
             return {**right, "texts": report.answered[0].texts}
 
-        found: dict[str, Any] = recorded(
-            folder / f"answered-{asked}-{facts_of(resolve_checkpoint(model))['id'][:8]}.json", answered
-        )
+        told = f"{asked} {facts_of(resolve_checkpoint(model))['id']}"
+        file = folder / f"answered-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
+        found: dict[str, Any] = recorded(file, answered)
         return found
 
     answers = {run.name: ask(run.config.out, run.encoder.parent) for run in runs}
@@ -243,8 +267,8 @@ def _start_model(config: RunConfig) -> Path | None:
     return next(iter(parts)) if len(parts) == 1 else None
 
 
-def _start(config: RunConfig) -> Path:
-    encoder = config.model.encoder
+def _start(model: Model) -> Path:
+    encoder = model.encoder
     found = encoder.hf or encoder.checkpoint
     if encoder.hf is not None and (encoder.image_size or encoder.max_patches):
         raise UserError(

@@ -7,16 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
 from pivot_megatron.config.schema import ParameterRule, RunConfig, Tracking
+from pivot_megatron.convert.fingerprint import folder_fingerprint
 from pivot_megatron.convert.frozen import changed_parameters, frozen_names
-from pivot_megatron.convert.start import with_checkpoints
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.probe.classes import probe_encoders
+from pivot_megatron.probe.image_set import ImageSet
+from pivot_megatron.probe.kept import made_by
+from pivot_megatron.probe.opening import SEEN_BY
 from pivot_megatron.probe.table import against_first
 from pivot_megatron.recipe.evolution import PhaseResult, Probed, as_json, as_table, figures
 from pivot_megatron.recipe.evolution_page import evolution_page
@@ -30,6 +34,7 @@ from pivot_megatron.recipe.run_once import (
     export_once,
     finished,
     recorded,
+    require_as_asked,
     run_once,
     write_run,
 )
@@ -37,11 +42,19 @@ from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.report.page import write_page
 from pivot_megatron.report.tracked import track
 from pivot_megatron.requeue import StopRequests
+from pivot_megatron.train.begun import start_of
 from pivot_megatron.train.checkpoint import progress_of
 from pivot_megatron.train.run_folder import read_metrics, write_atomically
 from pivot_megatron.train.tracking import require_trackers
 
 _LAST = 0.1  # of a run's steps, over which its loss is told
+_JUDGED_BY = (
+    __file__,
+    "pivot_megatron.convert.frozen",
+    *(f"pivot_megatron.probe.{module}" for module in ("classes", "interval", "linear", "table")),
+    *SEEN_BY,
+    *("scikit-learn", "scipy", "numpy"),
+)
 
 
 class Evolution:
@@ -90,18 +103,33 @@ class Evolution:
             apart(told, ["evolve", *self._asked, "--judge", phase.name], phase.folder, requests)
             if not self._record_of(phase).exists():
                 raise RunError(f"{told} is of another schedule; {self._asked[0]} has changed since this command began")
-        return self.judge(phase.name)
+        return self._result(phase)
 
     def judge(self, name: str) -> PhaseResult:
-        """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe."""
+        """What a phase whose run is finished did to its encoder: exported, and probed where the schedule has a probe. Raises
+        UserError where that run is not the one that the schedule asks for."""
         phase = self._named(name)
+        _finished(phase)
+        require_as_asked(f"phase {name}", phase.config)
+        return self._result(phase)
+
+    def _result(self, phase: Phase) -> PhaseResult:
         return PhaseResult.from_json(recorded(self._record_of(phase), lambda: asdict(self._judged(phase))))
 
     def _record_of(self, phase: Phase) -> Path:
-        """Where its judgement is kept, of the checkpoint, by the probe and against the first encoder that there are now."""
-        probe = json.dumps(asdict(self.schedule.probe), default=str) if self.schedule.probe is not None else "no probe"
-        told = f"{facts_of(_finished(phase))['id']} {probe} against {_start(self.schedule)}"
+        """Where its judgement is kept: of the checkpoint, against the encoder before it and the first, by the probe, on the
+        images and by the code that there are now."""
+        told = f"{facts_of(_finished(phase))['id']} {made_by(*_JUDGED_BY)}"
+        if self.schedule.probe is not None:
+            encoders = (self._encoder_before(phase), _start(self.schedule))
+            told += f" {' '.join(map(_name_of, encoders))} {self._probe_told}"
         return phase.folder / f"judged-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
+
+    @cached_property
+    def _probe_told(self) -> str:
+        settings = probe_settings(self.schedule)
+        images = [ImageSet.opened(where).fingerprint for where in (settings.train, settings.test)]
+        return json.dumps([asdict(settings), images], default=str)
 
     def judge_and_tell(self, name: str) -> PhaseResult:
         """As `judge`, with the table and the page, of the phases that are judged so far."""
@@ -204,8 +232,15 @@ def _finished(phase: Phase) -> Path:
 def _encoder_changed(checkpoint: Path, config: RunConfig) -> bool:
     """Whether any of its parameters is not, bit for bit, what the run began from."""
     names = frozen_names(describe(checkpoint).architecture(), [ParameterRule("encoder.*", "frozen")])
-    start = with_checkpoints(config.model, progress_of(checkpoint).start)
+    start = start_of(config, progress_of(checkpoint))
     return bool(changed_parameters(checkpoint, start, config.seed, names))
+
+
+def _name_of(encoder: Path) -> str:
+    """By content."""
+    if (encoder / "config.json").is_file():
+        return folder_fingerprint(encoder)
+    return str(facts_of(resolve_checkpoint(encoder))["id"])
 
 
 def _probed(schedule: Schedule, before: Path, after: Path) -> Probed:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pivot_megatron.checkpoints.folder import facts_of
+from pivot_megatron.checkpoints.folder import facts_of, resolve_checkpoint
 from pivot_megatron.config.load import dump_config
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.convert.commands import EXPORT_NOTE, export_checkpoint
+from pivot_megatron.convert.fingerprint import start_fingerprint
 from pivot_megatron.convert.hf import read_json
+from pivot_megatron.convert.start import pinned
+from pivot_megatron.data.pair_set import PairSet
 from pivot_megatron.errors import RuleError, RunError, UserError
 from pivot_megatron.requeue import StopRequests, mark_path, remove_mark
 from pivot_megatron.runtime.launch import default_processes, launch
-from pivot_megatron.train.checkpoint import NOTHING, decided_by
+from pivot_megatron.train.begun import require_begun
+from pivot_megatron.train.checkpoint import NOTHING, checked_progress, decided_by
 from pivot_megatron.train.run_folder import finished_path, write_atomically
 
 
@@ -63,10 +67,25 @@ def as_decided(config: RunConfig) -> dict[str, str]:
     return {**decided_by(config, str([source.folder for source in config.data.shards])), **start}
 
 
+def require_as_asked(name: str, config: RunConfig) -> None:
+    """Of a finished run. Raises UserError where it is not the one that `config` asks for: made with other settings or of other
+    samples, or begun from something else than what lies there now."""
+    instead = f"remove {config.out.parent} and what came after it, to make it anew"
+    try:
+        samples = PairSet.open([source.folder for source in config.data.shards], config.data.cache).described
+        progress = checked_progress(resolve_checkpoint(config.out), decided_by(config, samples), instead)
+        start = pinned(config.model)
+        require_begun(progress.begun, start, start_fingerprint(start, config.seed), instead)
+    except UserError as error:
+        raise UserError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from None
+
+
 def run_once(name: str, config: RunConfig, processes: int | None, requests: StopRequests) -> None:
     """A run that `write_run` wrote, to its end, where it is not finished; it goes on from its own checkpoints, in `processes` of
-    this machine (None: one a GPU, or the layout's own). Raises StoppedError, and what its exit code stands for where it fails."""
+    this machine (None: one a GPU, or the layout's own). Raises StoppedError, what its exit code stands for where it fails, and
+    UserError where the finished one is another."""
     if finished(config):
+        require_as_asked(name, config)
         return
     remove_mark(config.out)
     file = config.out.parent / "run.yaml"

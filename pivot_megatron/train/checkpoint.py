@@ -46,12 +46,14 @@ class Progress:
     """Where a run stands: `step` optimizer steps are done.
 
     `decided`: what the losses of a run follow from, by config key, with the fingerprint of its data; `start`: the very
-    checkpoints that components began from, which a reference model is read from again; `objective`, `guard`: their states.
+    checkpoints that components began from, which a reference model is read from again; `begun`: the `start_fingerprint` of all
+    that the run began from; `objective`, `guard`: their states.
     """
 
     step: int
     decided: Mapping[str, str]
     start: Mapping[str, str]
+    begun: Mapping[str, str]
     objective: Mapping[str, float] = field(default_factory=dict)
     guard: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,11 +95,12 @@ def progress_of(checkpoint: Path) -> Progress:
     return Progress(**common_state(checkpoint)["progress"])
 
 
-def checked_progress(checkpoint: Path, decided: Mapping[str, str]) -> Progress:
-    """Raises UserError naming each key in which the config is not the one that `checkpoint` was made with."""
+def checked_progress(checkpoint: Path, decided: Mapping[str, str], instead: str = "use a new `out`") -> Progress:
+    """Raises UserError naming each key in which the config is not the one that `checkpoint` was made with. `instead`: what to do
+    where it is not to be restored."""
     progress = progress_of(checkpoint)
     changed = [
-        f"{key}: {checkpoint} was made with {progress.decided.get(key)}, found {value}; restore it, or use a new `out`"
+        f"{key}: {checkpoint} was made with {progress.decided.get(key)}, found {value}; restore it, or {instead}"
         for key, value in decided.items()
         if progress.decided.get(key, NOTHING) != value
     ]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from pivot_megatron.config.schema import Model, RunConfig
-from pivot_megatron.convert.fingerprint import model_fingerprint
+from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.start import start_weights
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.loader import Loader
@@ -49,17 +51,20 @@ def frozen_model(config: RunConfig, arch: Architecture, start: Model) -> Stage:
 class ReferencePass:
     """Everything that decides the reference log-probs of a run. Methods are collective over all ranks.
 
-    `before_batch`: called before each batch of a pass, and may end it by raising, on every rank alike.
+    `begun`: the `start_fingerprint` of `start`, the same on every rank. `before_batch`: called before each batch of a pass, and
+    may end it by raising, on every rank alike.
     """
 
     config: RunConfig
     arch: Architecture
     start: Model
+    begun: Mapping[str, str]
     loader: Loader
     before_batch: Callable[[], None]
 
     def files(self, make: bool) -> list[ReferenceFile]:
-        """One a folder of shards, in the order of the config. Those that are missing are made, or it is an error."""
+        """One a folder of shards, in the order of the config. Those that are missing are made, or it is an error. Raises
+        UserError where one was made of something else, or lacks a sample that this run may need."""
         folders = self.loader.samples.by_folder()
         facts = self._facts(folders)
         paths = [folder / f.name for folder, f in zip(self.loader.samples.beside, facts, strict=True)]
@@ -77,22 +82,36 @@ class ReferencePass:
                     f"{path}: there for some processes and not for others; let all nodes share this folder (data.cache.folder, "
                     "of remote shards), or set objective.reference: online"
                 )
-        return [
+        files = [
             ReferenceFile(path, fact, samples.keys) for path, fact, samples in zip(paths, facts, folders, strict=True)
         ]
+        for file, positions in zip(files, self._positions(), strict=True):
+            file.require_room(positions, self.config.data.sequence_length)
+        return files
+
+    def _positions(self) -> list[npt.NDArray[np.int64]]:
+        """Of each folder, the samples of an epoch."""
+        entries, ends = np.unique(self.loader.order.entries), np.cumsum(self.loader.samples.counts)
+        parts = np.split(entries, np.searchsorted(entries, ends[:-1]))
+        return [part - first for part, first in zip(parts, [0, *ends[:-1]], strict=True)]
 
     def _facts(self, folders: Sequence[PairSet]) -> list[Facts]:
-        """Of each folder, the same on every rank: weights are read and hashed by one."""
-        config, images = self.config, self.loader.images
-        weights = from_main_process(model_fingerprint(self.start, config.seed) if is_main_process() else None)
+        """Of each folder, the same on every rank."""
+        config, data = self.config, self.config.data
         model = {
-            **weights,
+            **{name: self.begun[name] for name in COMPONENTS},
             "feature_layer": str(self.arch.feature_layer),
             "image_size": str(self.arch.encoder.image_size),
             "precision": config.precision.compute,
         }
-        how = {"processor": f"{images.fingerprint} {config.data.image_backend}", "template": config.data.template}
-        return [Facts(model, {"shards": samples.fingerprint, **how}) for samples in folders]
+        how = {
+            "processor": f"{self.loader.images.fingerprint} {data.image_backend}",
+            "template": data.template,
+            "tokenizer": self.begun["tokenizer"],
+            # What is cut has other tokens at another length; what is dropped has none.
+            "too_long": data.too_long if data.too_long == "drop" else f"cut to {data.sequence_length}",
+        }
+        return [Facts(model, how, samples.fingerprint, data.sequence_length) for samples in folders]
 
     def _make(self, path: Path, facts: Facts, samples: PairSet, model: Stage) -> None:
         """In parts, which a pass that was broken off leaves to the next. Another run that makes the same file may at any time
@@ -122,13 +141,21 @@ class ReferencePass:
 def _rows(model: Stage, loader: Loader, first: int, last: int, before_batch: Callable[[], None]) -> list[Row]:
     """Samples `first` to `last` of the loader's folder, on the main process; nothing elsewhere."""
     found: list[Row] = []
+    seen: dict[str, bytes] = {}
     for step in loader.in_order(first, last):
         before_batch()
         data = agreed(loader, step)
-        found += (Row(dropped.key, bytes(16), None, None) for dropped in (*data.dropped, *data.bad))
+        found += (Row(dropped.key, bytes(16), bytes(16), None, None) for dropped in (*data.dropped, *data.bad))
         found += _scored(data.micro_batches, forward_logprobs(model, data.micro_batches))
+        # Ranks that read images are not those that score what they show.
+        for batch in data.micro_batches:
+            seen.update(zip(batch.keys, batch.image_digests, strict=False))
     rows = {row.key: row for part in gather_objects(found) for row in part}
-    return [rows[loader.samples.key(index)] for index in range(first, last)] if is_main_process() else []
+    images = {key: digest for part in gather_objects(seen) for key, digest in part.items()}
+    if not is_main_process():
+        return []
+    keys = [loader.samples.key(index) for index in range(first, last)]
+    return [replace(rows[key], images=images.get(key, rows[key].images)) for key in keys]
 
 
 def _scored(batches: Sequence[PackedBatch], logprobs: Sequence[torch.Tensor | None]) -> Iterator[Row]:
@@ -141,7 +168,7 @@ def _scored(batches: Sequence[PackedBatch], logprobs: Sequence[torch.Tensor | No
         counts = torch.bincount(batch.branch, minlength=batch.branches).tolist()
         answers = [part.tolist() for part in values.cpu().split(counts)]
         for n, (key, digest) in enumerate(zip(batch.keys, batch.digests, strict=True)):
-            yield Row(key, digest, *answers[2 * n : 2 * n + 2])
+            yield Row(key, digest, bytes(16), *answers[2 * n : 2 * n + 2])
 
 
 def _written(write: Callable[[], object], path: Path) -> None:

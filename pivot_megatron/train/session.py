@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from pivot_megatron.runtime.distributed import (
 from pivot_megatron.runtime.kernels import kernels_in_use
 from pivot_megatron.runtime.stopwatch import Stopwatch
 from pivot_megatron.runtime.watch import Watch
+from pivot_megatron.train.begun import fingerprint_on_all, require_begun
 from pivot_megatron.train.checkpoint import (
     Checkpointer,
     Progress,
@@ -125,11 +127,12 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     objective: Objective = build_objective(config.objective)
     steps = total_steps(config, len(loader.order))
     decided = decided_by(config, loader.samples.described)
-    standing = checked_progress(newest, decided) if newest else Progress(0, decided, checkpoints_of(model_start))
+    begun = fingerprint_on_all(model_start, config.seed)
+    standing = _standing(newest, decided, model_start, begun)
     done = standing.step
     _record(config, folder)
     if isinstance(config.objective, Dpo) and config.objective.reference == "cached":
-        reference_pass = ReferencePass(config, arch, model_start, loader, before_batch)
+        reference_pass = ReferencePass(config, arch, model_start, begun, loader, before_batch)
         loader = replace(loader, reference=reference_pass.files(make=True))
     watch.at("preparing", files=True)
     checkpointer = Checkpointer(config, folder, description)
@@ -172,6 +175,15 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     )
     before_reduction(wrapped, lambda: _computed(session))
     return session
+
+
+def _standing(newest: Path | None, decided: Mapping[str, str], start: Model, begun: Mapping[str, str]) -> Progress:
+    """Of a run that begins, or of the checkpoint `newest`, which was made as config and start are now."""
+    if newest is None:
+        return Progress(0, decided, checkpoints_of(start), begun)
+    progress = checked_progress(newest, decided)
+    require_begun(progress.begun, start, begun)
+    return progress
 
 
 def _record(config: RunConfig, folder: RunFolder) -> None:

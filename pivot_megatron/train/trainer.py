@@ -13,13 +13,14 @@ from signal import Signals
 from pivot_megatron.checkpoints.folder import step_folder, steps_in
 from pivot_megatron.config.schema import Dpo, RunConfig
 from pivot_megatron.convert.frozen import require_frozen
-from pivot_megatron.convert.start import pinned, with_checkpoints
+from pivot_megatron.convert.start import pinned
 from pivot_megatron.data.loader import StepData
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.requeue import StopRequests, remove_mark
 from pivot_megatron.runtime.distributed import from_main_process, is_main_process, on_main_process, process_groups
 from pivot_megatron.runtime.watch import Patience, Watch
 from pivot_megatron.train.agreement import agreed
+from pivot_megatron.train.begun import fingerprint_on_all, start_of
 from pivot_megatron.train.record import (
     own_share,
     record,
@@ -71,8 +72,9 @@ def make_reference(config: RunConfig) -> list[Path]:
     with watched(config) as watch:
         start = pinned(config.model)
         _, arch, loader = described(config, start)
+        begun = fingerprint_on_all(start, config.seed)
         before_batch = before_reference_batch(watch, StopRequests())
-        return [file.path for file in ReferencePass(config, arch, start, loader, before_batch).files(make=True)]
+        return [file.path for file in ReferencePass(config, arch, start, begun, loader, before_batch).files(make=True)]
 
 
 @contextmanager
@@ -175,7 +177,7 @@ def _require_frozen(session: Session) -> None:
     session.watch.at("comparing frozen parameters", files=True)
 
     def compare() -> None:
-        start = with_checkpoints(config.model, session.standing.start)
+        start = start_of(config, session.standing)
         checkpoint = step_folder(session.folder.checkpoints, session.done)
         count = require_frozen(checkpoint, start, config.seed, config.parameters)
         print(f"{config.name}: {count} frozen parameters are as they began, bit for bit", file=sys.stderr, flush=True)

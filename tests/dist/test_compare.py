@@ -158,6 +158,21 @@ def test_the_command(
     monkeypatch.setattr(compare, "require_trackers", require_trackers)
     answers_files = list((tmp_path / "out").rglob("answered-*.json"))
     assert len(answers_files) == 4 and main(words) == 0 and len(launcher.runs) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "_ANSWERED_BY", (__file__,))
+        patch.setattr(compare, "ask_models", lambda *_: pytest.fail("asked"))
+        with pytest.raises(pytest.fail.Exception, match="asked"):  # what other code answered is not believed
+            main(words)
+    weights = world / "encoder" / "model.safetensors"
+    before = weights.read_bytes()
+    changed = before[:-1] + bytes([before[-1] ^ 1])
+    monkeypatch.setattr(run_once, "launch", lambda *told: (weights.write_bytes(changed), launcher(*told))[1])
+    elsewhere = [str(tmp_path / "elsewhere") if word == str(tmp_path / "out") else word for word in words]
+    assert main(elsewhere) == 2 and len(launcher.runs) == 5  # it changed as the first began
+    assert f"dpo seed 1: model.encoder.hf: {world / 'encoder'}: expected weights " in capsys.readouterr().err
+    assert main(words) == 2 and len(launcher.runs) == 5  # those that are finished began from what was there before
+    assert f"dpo seed 1: model.encoder.hf: {world / 'encoder'}: expected weights " in capsys.readouterr().err
+    weights.write_bytes(before)
     assert main([*words, "--set", "optimizer.learning_rate=1e-3"]) == 2
     assert "dpo seed 1: optimizer: begun with" in capsys.readouterr().err
     assert main([*words, "--samples", "41"]) == 2

@@ -26,6 +26,8 @@ from pivot_megatron.probe import linear
 from pivot_megatron.probe.interval import Interval
 from pivot_megatron.recipe import evolve, run_once
 from pivot_megatron.recipe.evolution import PhaseResult, Probed
+from pivot_megatron.recipe.phase_runs import phases_of
+from pivot_megatron.recipe.schedule import load_schedule
 from pivot_megatron.requeue import StopRequests, mark_path
 from pivot_megatron.train import tracking
 from pivot_megatron.train.run_folder import read_metrics
@@ -154,6 +156,13 @@ def test_an_encoder_goes_through_two_heads(
     assert "phase dpo: objective: begun with" in capsys.readouterr().err
 
 
+def record_of(file: Path) -> Path:
+    """Where the second phase's judgement is kept, as things are now."""
+    schedule = load_schedule(file)
+    phases = phases_of(schedule, file)
+    return evolve.Evolution(schedule, phases, [str(file)])._record_of(phases[1])
+
+
 def test_each_phase_is_a_file_that_trains_by_itself(
     world: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +193,21 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     assert (out / "dpo-wider" / "encoder" / "model.safetensors").read_bytes() != weights
     launcher.runs.pop()
 
+    # A run that is finished and is not the one that was asked for.
+    other = yaml.safe_load((out / "dpo" / "run.yaml").read_text())
+    for run, told in (
+        (other | {"optimizer": {"learning_rate": 0.05}}, f"phase dpo: optimizer: {out / 'dpo'}"),
+        (other, f"phase realign: model.encoder.checkpoint: {out / 'dpo'}"),
+    ):
+        for left in ("run", "encoder"):
+            shutil.rmtree(out / "dpo" / left)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(run))
+        workers.run(train_at, None, 1, tmp_path / "again.yaml", Layout())
+        assert main(["evolve", str(file), rate]) == 2
+        error = capsys.readouterr().err
+        assert told in error and f"remove {out / told.split(':')[0].split()[1]} and what came after it" in error
+        (out / "dpo" / "encoder").mkdir(exist_ok=True)
+
     shutil.rmtree(out / "dpo")
     assert main(["evolve", str(file)]) == 2
     assert "phase realign: has begun, and dpo before it is not finished; remove " in capsys.readouterr().err
@@ -192,6 +216,14 @@ def test_each_phase_is_a_file_that_trains_by_itself(
     launcher.runs.clear()
     assert main(["evolve", str(file)]) == 0 and launcher.runs == ["dpo", "realign", "dpo-wider"]
     judged = list((out / "dpo").glob("judged-*.json"))
+    assert judged == [record_of(file)]
+    monkeypatch.setattr(evolve, "_JUDGED_BY", (*evolve._JUDGED_BY, __file__))
+    assert record_of(file) not in judged  # other code
+    monkeypatch.setattr(evolve, "_JUDGED_BY", evolve._JUDGED_BY[:-1])
+    image = next((world / "test").rglob("*.png"))
+    image.write_bytes(image.read_bytes() + b" ")
+    assert record_of(file) not in judged  # other images
+    image.write_bytes(image.read_bytes()[:-1])
     assert main(["evolve", str(file), "probe.per_class=6"]) == 0
     assert len(launcher.runs) == 3 and len(list((out / "dpo").glob("judged-*.json"))) == len(judged) + 1
     monkeypatch.setattr(linear, "LogisticRegression", lambda **_: pytest.fail("fitted"))
@@ -221,9 +253,6 @@ def test_a_probe_that_cannot_be_is_said_before_anything_is_trained(
 
 
 def test_a_fallen_encoder_ends_the_schedule(world: Path, tmp_path: Path) -> None:
-    from pivot_megatron.recipe.phase_runs import phases_of
-    from pivot_megatron.recipe.schedule import load_schedule
-
     file = write_schedule(world, tmp_path)
     schedule = load_schedule(file)
     evolution = evolve.Evolution(schedule, phases_of(schedule, file), [str(file)])

@@ -12,6 +12,7 @@ import pytest
 from pivot_megatron.cli import main
 from pivot_megatron.config.load import load_config
 from pivot_megatron.config.schema import Layout
+from pivot_megatron.convert.fingerprint import start_fingerprint
 from pivot_megatron.data.reference import Facts
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix
@@ -24,9 +25,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), pairs=40)
 
 
-def config(data: Path, folder: Path, steps: int = 3, **objective: object) -> Path:
+def config(data: Path, folder: Path, steps: int = 3, reference: str = "cached", **data_keys: object) -> Path:
     tree = config_tree(data, folder / "run")
-    tree["objective"] |= objective
+    tree["objective"] |= {"reference": reference}
+    tree["data"] |= data_keys
     tree["batch"]["steps"] = steps
     tree["checkpoints"]["every"] = 100
     folder.mkdir(exist_ok=True)
@@ -35,6 +37,11 @@ def config(data: Path, folder: Path, steps: int = 3, **objective: object) -> Pat
 
 def made(data: Path) -> list[Path]:
     return sorted((data / "pairs").glob("reference-*"))
+
+
+def facts_of(file: Path) -> Facts:
+    told = json.loads(pq.read_schema(file).metadata[b"pivot"])
+    return Facts(*(told[name] for name in ("model", "data", "shards", "sequence_length")))
 
 
 def forget(data: Path) -> None:
@@ -61,6 +68,7 @@ def make_beside_another(config_file: Path, batch: int) -> None:
     with pytest.MonkeyPatch.context() as patch, trainer.watched(config):
         patch.setattr(reference, "SAMPLES_A_PART", 16)
         _, arch, loader = trainer.described(config, config.model)
+        start = start_fingerprint(config.model, config.seed)
 
         def before_batch() -> None:
             nonlocal begun
@@ -69,7 +77,7 @@ def make_beside_another(config_file: Path, batch: int) -> None:
                 other.files(make=True)
 
         one, other = (
-            reference.ReferencePass(config, arch, config.model, loader, called)
+            reference.ReferencePass(config, arch, config.model, start, loader, called)
             for called in (before_batch, lambda: None)
         )
         one.files(make=True)
@@ -93,17 +101,26 @@ def test_cached_equals_online_whatever_layout_made_it(layout, world, data: Path,
 
 def test_made_where_missing_refused_where_stale(data: Path, tmp_path: Path, workers: Workers) -> None:
     forget(data)
-    workers.run(train_at, None, 1, config(data, tmp_path / "a", steps=1), Layout())
+    workers.run(train_at, None, 1, config(data, tmp_path / "a", steps=1, sequence_length=69), Layout())
     (file,) = made(data)
-    tree = config_tree(data, tmp_path / "b" / "run")
-    tree["data"]["template"] = "plain"
-    other = write_config(tmp_path / "other.yaml", tree)
-    (message,) = workers.run(train_error, None, 1, other, Layout())
-    assert f"{file}: stale: made with template qwen_1_5, this run has plain; delete it" in message
+    longer = config(data, tmp_path / "b", steps=1)
+    (message,) = workers.run(train_error, None, 1, longer, Layout())
+    assert f"{file}: made at a sequence_length of 69, which left out 12 of this run's 40 samples" in message
+    file.unlink()
+    workers.run(train_at, None, 1, longer, Layout())
+    before = file.stat().st_mtime_ns
+    workers.run(train_at, None, 1, config(data, tmp_path / "c", steps=1, sequence_length=80), Layout())
+    assert file.stat().st_mtime_ns == before  # what was made at a greater length serves a lesser one
+    # Another way of reading images has a file of its own.
+    workers.run(train_at, None, 1, config(data, tmp_path / "d", steps=1, image_backend="pil"), Layout())
+    assert len(made(data)) == 2 and file.stat().st_mtime_ns == before
     table = pq.read_table(file)
     pq.write_table(table.slice(0, 30), file)
-    (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "c", steps=1), Layout())
+    (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "e", steps=1), Layout())
     assert "incomplete: expected 40 samples" in message and "found 30" in message
+    pq.write_table(table.replace_schema_metadata({b"pivot": table.schema.metadata[b"pivot"].replace(b'"shards": "', b'"shards": "0')}), file)
+    (message,) = workers.run(train_error, None, 1, config(data, tmp_path / "f", steps=1), Layout())
+    assert f"{file}: stale: made with shards 0" in message and "delete it" in message
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -117,14 +134,14 @@ def test_runs_that_make_the_same_file_at_once(batch: int, data: Path, tmp_path: 
 
 
 def test_parts_of_other_facts_are_not_taken(data: Path, tmp_path: Path, workers: Workers) -> None:
-    """A pass that was broken off, of another template: its parts go once the file is there, and so do broken ones."""
+    """A pass that was broken off, at another length: its parts go once the file is there, and so do broken ones."""
     forget(data)
     workers.run(train_at, None, 1, config(data, tmp_path / "a", steps=1), Layout())
     (file,) = made(data)
     whole = pq.read_table(file)
-    facts = Facts(*(json.loads(whole.schema.metadata[b"pivot"])[name] for name in ("model", "data")))
+    facts = facts_of(file)
     file.unlink()
-    for name, content in ((facts.parts, b"cut o"), (replace(facts, data=facts.data | {"template": "plain"}).parts, b"")):
+    for name, content in ((facts.parts, b"cut o"), (replace(facts, sequence_length=64).parts, b"")):
         assert name != file.name
         (data / "pairs" / name).mkdir()
         (data / "pairs" / name / "000000000.parquet").write_bytes(content)
@@ -136,7 +153,7 @@ def test_a_folder_that_cannot_be_written_to(data: Path, tmp_path: Path, workers:
     forget(data)
     workers.run(train_at, None, 1, config(data, tmp_path / "d", steps=1), Layout())
     (file,) = made(data)
-    facts = Facts(*(json.loads(pq.read_schema(file).metadata[b"pivot"])[name] for name in ("model", "data")))
+    facts = facts_of(file)
     file.unlink()
     in_the_way = file.with_name(facts.parts)
     in_the_way.write_text("where a folder should be")

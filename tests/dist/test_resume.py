@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pivot_megatron.config.schema import Layout
+from pivot_megatron.convert.commands import import_checkpoint
 from pivot_megatron.train.run_folder import read_metrics
 from tests import matrix
 from tests.dist.runs import config_tree, make_world, train_at, train_error, write_config
@@ -141,6 +142,28 @@ def test_the_reference_is_the_one_the_run_began_from(workers: Workers, unbroken:
     shutil.copytree(unbroken / "checkpoints" / "step-000009", previous / "checkpoints" / "step-000009")
     workers.run(train_at, None, 1, config, Layout())
     assert picked(read_metrics(tmp_path / "next")) == picked(whole)
+
+
+def test_a_start_that_changed_is_refused(workers: Workers, data: Path, tmp_path: Path) -> None:
+    """A head's folder with other weights in it, and an import that was made anew in its place: the reference would be another."""
+    shutil.copytree(data / "llm", tmp_path / "llm")
+    import_checkpoint(data / "encoder", data / "llm", tmp_path / "start", None, 1)
+    tree = config_tree(data, tmp_path / "run") | {"checkpoints": {"every": 1, "keep": 10}}
+    tree["model"] = {"encoder": {"checkpoint": str(tmp_path / "start")}, "llm": {"hf": str(tmp_path / "llm")}}
+    tree["batch"]["steps"] = 2
+    config = write_config(tmp_path / "run.yaml", tree)
+    workers.run(train_at, None, 1, config, Layout())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
+    weights = tmp_path / "llm" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    (message,) = workers.run(train_error, None, 1, config, Layout())
+    assert message.startswith(f"model.llm.hf: {tmp_path / 'llm'}: expected weights ") and len(message.splitlines()) == 1
+    weights.write_bytes(before)
+    shutil.rmtree(tmp_path / "start")
+    import_checkpoint(data / "encoder", data / "llm", tmp_path / "start", None, 1)
+    (message,) = workers.run(train_error, None, 1, config, Layout())
+    assert message.startswith(f"model.encoder.checkpoint: {tmp_path / 'start'}: expected weights ")
 
 
 def test_a_config_that_changed_is_refused(workers: Workers, unbroken: Path, data: Path, tmp_path: Path) -> None:

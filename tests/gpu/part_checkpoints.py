@@ -52,7 +52,7 @@ def _compared(name: str, precision: Precision, folder: Path) -> Row:
     straight = _trainee(arch, precision)
     for step, loss in enumerate(_losses(straight, batch, 3), start=1):
         run.log({"step": step, "applied": True, "loss": loss})
-    keeper.at_step(straight.wrapped, straight.optimization, Progress(3, {}, {}), due=True, must=True)
+    keeper.at_step(straight.wrapped, straight.optimization, Progress(3, {}, {}, {}), due=True, must=True)
     (_, saved), *_ = steps_in(run.checkpoints)
     wanted = _losses(straight, batch, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import tarfile
 import threading
 from collections import Counter
 from dataclasses import fields, replace
@@ -21,6 +22,7 @@ from pivot_megatron.config.schema import Source
 from pivot_megatron.data.batch import PackedBatch
 from pivot_megatron.data.loader import Loader
 from pivot_megatron.data.order import Order, mixed
+from pivot_megatron.data.reference import Facts, ReferenceFile, Row, write_rows
 from pivot_megatron.data.shard_writer import ShardWriter
 from pivot_megatron.errors import RunError, UserError
 from pivot_megatron.train.checkpoint import decided_by
@@ -300,3 +302,31 @@ def test_order_is_of_the_keys_in_the_shards(data: Path) -> None:
     index = json.loads((data / "pairs" / "index.json").read_text())
     assert sum(shard["samples"] for shard in index["shards"]) == len(made.samples) == 30
     assert replace(made, order=replace(made.order, seed=5)).load(0).keys_digest != made.load(0).keys_digest
+
+
+def test_an_image_that_is_not_the_references_is_said(tmp_path: Path) -> None:
+    """Of a tar that was changed at its size and not indexed again, by the ranks that read images."""
+    world = make_world(tmp_path, pairs=12)
+    made = loader(world)
+    rows: dict[str, Row] = {}
+    for data in made.in_order(0, 12):
+        for batch in data.micro_batches:
+            counts = torch.bincount(batch.branch, minlength=batch.branches).tolist()
+            for n, told in enumerate(zip(batch.keys, batch.digests, batch.image_digests, strict=True)):
+                rows[told[0]] = Row(*told, *([0.0] * count for count in counts[2 * n : 2 * n + 2]))
+    facts = Facts({}, {}, "", 128)
+    write_rows(tmp_path / facts.name, [rows[key] for key in made.samples.keys], facts, 0.0)
+    reference = [ReferenceFile(tmp_path / facts.name, facts, made.samples.keys)]
+    made, elsewhere = (replace(loader(world, with_images=i), reference=reference) for i in (True, False))
+    assert all(batch.reference is not None for batch in made.with_reference(made.load(0)).micro_batches)
+    tar = next((world / "pairs").glob("*.tar"))
+    with tarfile.open(tar) as file:
+        member = next(one for one in file if one.name.endswith(".jpg"))
+    with tar.open("r+b") as file:
+        file.seek(member.offset_data + member.size - 40)  # of its pixels
+        file.write(bytes(8))
+    with pytest.raises(
+        RunError, match=f"sample {member.name[:-4]} has another image than when it was made, so its tar"
+    ):
+        made.with_reference(made.load(0))
+    elsewhere.with_reference(elsewhere.load(0))

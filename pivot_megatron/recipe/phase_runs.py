@@ -10,11 +10,14 @@ from typing import Any, Literal, TypeVar
 
 from pivot_megatron.checkpoints.folder import resolve_checkpoint
 from pivot_megatron.config.load import ConfigErrors, based, decoded, merged
-from pivot_megatron.config.schema import AnyRes, Component, Encoder, Model, Projector, RunConfig
+from pivot_megatron.config.schema import AnyRes, Component, Encoder, Model, ParameterRule, Projector, RunConfig
+from pivot_megatron.convert.frozen import frozen_names
 from pivot_megatron.convert.hf import read_json
+from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import describe
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
+from pivot_megatron.model.freeze import rate_of
 from pivot_megatron.recipe.schedule import Schedule
 from pivot_megatron.train.feasible import infeasible
 
@@ -58,7 +61,7 @@ def read_phases(schedule: Schedule, path: Path) -> tuple[list[Phase], list[str]]
     _, no_encoder = tried("encoder", lambda: encoder_architecture(*_config_of(schedule.encoder, "encoder")))
     tiles, no_projector = tried("projector", partial(_tiles, schedule.projector))
     wrong = no_encoder + no_projector
-    head, width = Component(), None
+    head, width, encoder = Component(), None, _tree(schedule.encoder)
     for n, spec in enumerate(schedule.phases):
         key, before = f"phases.{n} ({spec.name})", width
         if spec.head is not None:
@@ -68,12 +71,14 @@ def read_phases(schedule: Schedule, path: Path) -> tuple[list[Phase], list[str]]
         fits = spec.head is None or (width is not None and width == before)
         handed_on = fits if n else bool(schedule.projector.sources)
         try:
-            phase = _phase(schedule, n, key, path, handed_on, tiles)
+            phase = _phase(schedule, n, key, path, _model(schedule, n, encoder, handed_on), tiles)
         except ConfigErrors as error:
             wrong += [f"{key}: {line.removeprefix(f'{path}: ')}" for line in error.errors]
             continue
         found.append(phase)
         tiles = phase.config.model.anyres or tiles
+        if _trains_encoder(phase.config, schedule.encoder, head):
+            encoder = {"checkpoint": str(phase.config.out)}
         problems = _unaligned(phase) if spec.head is not None and (n or not handed_on) else []
         if width is not None and not no_encoder:
             run = replace(phase.config, model=Model(schedule.encoder, head, anyres=tiles))
@@ -92,11 +97,19 @@ def tried(key: str, call: Callable[[], Found]) -> tuple[Found | None, list[str]]
         return None, [f"{key}: {line}" for line in str(error).splitlines()]
 
 
-def _model(schedule: Schedule, n: int, handed_on: bool) -> dict[str, Any]:
+def _trains_encoder(config: RunConfig, encoder: Encoder, head: Component) -> bool:
+    """Where it cannot be told, as of folders that are not there, it may."""
+    every = ParameterRule("encoder.*", "frozen")
+    names, _ = tried("", lambda: frozen_names(describe_start(Model(encoder, head)).architecture(), [every]))
+    return names is None or any(rate_of(name, config.parameters) != "frozen" for name in names)
+
+
+def _model(schedule: Schedule, n: int, encoder: dict[str, Any], handed_on: bool) -> dict[str, Any]:
+    """`encoder`: where it was last trained. A run that freezes it in bf16 has it in bf16 alone."""
     spec = schedule.phases[n]
     last = {"checkpoint": str(_folder(schedule, n - 1) / "run")}
     return {
-        "encoder": last if n else _tree(schedule.encoder),
+        "encoder": encoder,
         "llm": last if spec.head is None else _tree(spec.head),
         "projector": _tree(schedule.projector) if n == 0 else last if handed_on else {},
     }
@@ -110,9 +123,9 @@ def _tree(component: Component) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(component).items()}
 
 
-def _phase(schedule: Schedule, n: int, key: str, path: Path, handed_on: bool, tiles: AnyRes | None) -> Phase:
-    """`tiles`: as the phase before saw images."""
-    spec, model = schedule.phases[n], _model(schedule, n, handed_on)
+def _phase(schedule: Schedule, n: int, key: str, path: Path, model: dict[str, Any], tiles: AnyRes | None) -> Phase:
+    """`model`: where its components begin. `tiles`: as the phase before saw images."""
+    spec, handed_on = schedule.phases[n], bool(model["projector"].get("checkpoint"))
     own = dict(spec.run)
     for where, tree in (("every", schedule.every), ("run", own)):
         _require_no_start(path, where, tree)

@@ -29,6 +29,7 @@ from pivot_megatron.probe.gradients import overfit, patch_gradient, put_back, wi
 from pivot_megatron.probe.model_input import ModelInput
 from pivot_megatron.probe.questions import Question, read_questions
 from pivot_megatron.probe.saliency import SMALLEST, saliency_map
+from pivot_megatron.report.facts import short_names
 from pivot_megatron.runtime.device import current_platform
 from pivot_megatron.train.optimizer import apply_rules
 
@@ -62,8 +63,9 @@ def gradcam_models(models: Sequence[Path], settings: GradcamSettings, out: Path,
                     np.save(out / map_name(number, len(columns)), seen[-1].saliency)
                     say(f"{label}: {number + 1} of {len(questions)} samples, loss {seen[-1].losses[-1]:.4f}")
                 columns.append(Column(label, tuple(seen)))
+    names = short_names([column.label for column in columns])
     for number, question in enumerate(questions):
-        panels = [_panel(column.label, column.seen[number]) for column in columns]
+        panels = [_panel(name, column.seen[number]) for name, column in zip(names, columns, strict=True)]
         write_figure(out / figure_name(number), question, panels)
     return GradcamReport(settings, questions, columns, out)
 

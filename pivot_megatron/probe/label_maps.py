@@ -18,7 +18,7 @@ _WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class LabelMap:
-    """`labels` `[rows, columns]`: the likeliest class of each patch. `covered`: as PatchSet has it."""
+    """`labels` `[rows, columns]`: a class for each patch. `covered`: as PatchSet has it."""
 
     labels: npt.NDArray[np.intp]
     covered: tuple[float, float]

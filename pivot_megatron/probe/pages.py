@@ -64,8 +64,8 @@ def segmentation_page(report: SegmentationReport, versions: Mapping[str, str]) -
     maps = Section(
         "Maps",
         [Pictures([Picture("test images", file.getvalue(), {})])],
-        "The image, its mask, and the likeliest class of each patch by each encoder\u2019s first head, in the table\u2019s "
-        "order.",
+        "The image, its mask, and the likeliest class of each patch past class 0, which is black, by each encoder\u2019s first "
+        "head.",
     )
     facts = told({"encoders": [score.encoder for score in report.scores], **vars(settings)})
     sections = [*score_sections(text, report.scores), maps]

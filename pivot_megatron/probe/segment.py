@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pivot_megatron.errors import UserError
 from pivot_megatron.probe.features import Say, silent
@@ -22,6 +23,7 @@ from pivot_megatron.probe.patch_files import patch_sets
 from pivot_megatron.probe.patch_head import TrainedHead, kept_head
 from pivot_megatron.probe.patch_set import PatchSet
 from pivot_megatron.probe.table import Score, as_json, as_table, figures
+from pivot_megatron.report.facts import short_names
 
 _PICTURED = 6
 _MEASURES = ("recall", "precision", "f1")
@@ -144,7 +146,7 @@ def segment_encoders(
         side_by_side(
             [(test.read(n), test.read_mask(n)) for n in pictured],
             [one.maps for one in found],
-            [one.name for one in found],
+            short_names([one.name for one in found]),
             settings.classes,
         ),
     )
@@ -178,5 +180,12 @@ def _said(say: Say, what: object, told: str) -> None:
 @torch.no_grad()
 def _label_map(head: TrainedHead, test: PatchSet, image: int) -> LabelMap:
     features, _ = test.of([image])
-    labels = head.head(features).argmax(dim=-1).reshape(test.grids[image])
+    labels = shown_classes(head.head(features)).reshape(test.grids[image])
     return LabelMap(labels.cpu().numpy(), test.covered[image])
+
+
+def shown_classes(logits: Tensor) -> Tensor:
+    """`[patches]`: of logits `[patches, classes]` the likeliest class past 0, or 0, which is no class of its own and in most
+    patches, where a head says that and none of the others."""
+    likeliest, label = logits[:, 1:].max(dim=-1)
+    return torch.where((logits[:, 0] > 0) & (likeliest <= 0), 0, label + 1)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pivot_megatron.cli import main
 from pivot_megatron.convert.tiny_checkpoints import make_encoder
 from pivot_megatron.probe.label_maps import LabelMap, class_colors, side_by_side
+from pivot_megatron.probe.segment import shown_classes
 from tests.html_page import whole_page
 from tests.masked import COLORS, corners, pairs, png, write_folder, write_parquet
 
@@ -110,3 +112,9 @@ def test_maps_stand_beside_the_mask_in_its_colors() -> None:
         white,
     ]
     assert cells[2][71, 9].tolist() == white
+
+
+def test_a_map_shows_what_stands_before_the_background() -> None:
+    """Background and something, background alone, nothing for sure, and something alone."""
+    logits = torch.tensor([[9.0, -1.0, 0.5], [9.0, -1.0, -0.5], [-1.0, -2.0, -3.0], [-4.0, 3.0, -3.0]])
+    assert shown_classes(logits).tolist() == [2, 0, 1, 1]

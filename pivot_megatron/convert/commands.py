@@ -36,9 +36,9 @@ from pivot_megatron.convert.saving import Sums, save_whole
 from pivot_megatron.convert.start import describe_start
 from pivot_megatron.convert.store import (
     Description,
-    content_metadata,
     describe,
     load_weights,
+    saved_metadata,
 )
 from pivot_megatron.convert.stream import CheckpointParameters, write_parameters
 from pivot_megatron.errors import UserError
@@ -106,7 +106,7 @@ def write_import(description: Description, sources: Mapping[str, Source], out: P
     parameters = [p for name in COMPONENTS for p in component_parameters(arch, name, sources.get(name), seed)]
 
     def write(folder: Path) -> Sums:
-        return write_parameters(parameters, folder, content_metadata())
+        return write_parameters(parameters, folder, saved_metadata())
 
     with process_groups(Layout(), seed=0):
         save_whole(out, description, write)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pivot_megatron.checkpoints.folder import appear, place_beside
 from pivot_megatron.checkpoints.manifest import FileSum, Manifest, sum_file
 from pivot_megatron.convert.hf import cannot_write
-from pivot_megatron.convert.store import Description, beginning, content_metadata, sharded_weights
+from pivot_megatron.convert.store import Description, beginning, saved_metadata, sharded_weights
 from pivot_megatron.errors import UserError
 from pivot_megatron.model.compat import accepted
 from pivot_megatron.model.composition import Stage
@@ -106,11 +106,8 @@ class Saving:
         _seal(self.out, self._part, self._sums)
 
 
-def begin_saving(
-    state: dict[str, Any], out: Path, description: Description, note: Note = lambda part: None, gaps: bool = False
-) -> Saving:
-    """Plan what each rank writes, and fetch it to the host. Collective over all ranks. `gaps`: of some tensor `state` has a part
-    alone, for which megatron-core would refuse it."""
+def begin_saving(state: dict[str, Any], out: Path, description: Description, note: Note = lambda part: None) -> Saving:
+    """Plan what each rank writes, and fetch it to the host. Collective over all ranks."""
     # Nothing here is written by another process, so the results need no queue that reaches one: megatron-core would start a
     # process for that, which takes seconds and lives on for ever where a run is killed.
     filesystem_async._results_queue = queue.Queue()
@@ -118,12 +115,7 @@ def begin_saving(
     part = _begin(out, description, note)
     with _nothing_left(out, part):
         request = dist_checkpointing.save(
-            state,
-            str(part / "tensors"),
-            content_metadata=content_metadata(),
-            async_sharded_save=True,
-            validate_access_integrity=not gaps,
-            **options,
+            state, str(part / "tensors"), content_metadata=saved_metadata(), async_sharded_save=True, **options
         )
         return Saving(out, part, request, request.preload_fn() if request.preload_fn else [])
 

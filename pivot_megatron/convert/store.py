@@ -18,22 +18,21 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from pydantic import TypeAdapter
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pivot_megatron.checkpoints.folder import FORMAT, facts_of, opened
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, copy_file, read_json
+from pivot_megatron.convert.stacks import Sharded, alone, layer_of
 from pivot_megatron.convert.stored import has_layer, require_common_sound, require_sound, stored_tensors
 from pivot_megatron.data.build import image_views
 from pivot_megatron.data.views import ImageViews
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
-from pivot_megatron.families.table import MASTERS
+from pivot_megatron.families.table import MASTERS, layer_key
 from pivot_megatron.model.composition import Architecture, Stage
 from pivot_megatron.runtime.fp8 import own_statistics
 from pivot_megatron.runtime.masters import holds_in_full, set_weight
@@ -136,17 +135,20 @@ def content_metadata() -> dict[str, Any]:
     return metadata
 
 
-def load_state(state: dict[str, Any], checkpoint: Path, *prefixes: str, gaps: bool = False) -> dict[str, Any]:
+def saved_metadata() -> dict[str, str | bool]:
+    """As it is written: without its process groups."""
+    return {name: value for name, value in content_metadata().items() if isinstance(value, str | bool)}
+
+
+def load_state(state: dict[str, Any], checkpoint: Path, *prefixes: str) -> dict[str, Any]:
     """`state`'s tensors from `checkpoint`, whatever layout it was saved at, with its common entries. Collective over all ranks.
 
     Raises UserError where what is read is not what was written. `prefixes`: what the keys of all that `state` asks for begin
-    with; any, if left out. `gaps`: of some tensor `state` asks for a part alone.
+    with; any, if left out.
     """
     require_sound(checkpoint, *prefixes)
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(checkpoint / "tensors"), validate_access_integrity=not gaps
-        )
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint / "tensors"))
     except (CheckpointException, CheckpointingException, OSError, EOFError) as error:
         told = _first_line(beginning(error))
         raise UserError(f"{checkpoint}: not a whole checkpoint ({told}); was the copy cut off?") from None
@@ -202,18 +204,23 @@ def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collecti
     it, if any: not from the 16-bit weight. FP8's running statistics begin anew.
     """
     stored = stored_tensors(checkpoint)
-    parameters: dict[str, dict[str, Tensor]] = {}
-    asked: dict[str, dict[str, Any]] = {}
-    for chunk, weights in sharded_weights(model).items():
-        wanted = {n: value for n, value in weights.items() if n.startswith(component + ".") and n not in leave}
-        parameters[chunk] = {name: value.data for name, value in wanted.items()}
-        asked[chunk] = {n: _in_full(v, stored) if holds_in_full(v.data) else v for n, v in wanted.items()}
+    wanted = {
+        chunk: {n: value for n, value in weights.items() if n.startswith(component + ".") and n not in leave}
+        for chunk, weights in sharded_weights(model).items()
+    }
+    parameters = {chunk: {name: value.data for name, value in own.items()} for chunk, own in wanted.items()}
+    asked: dict[str, Any] = {"model": wanted}
+    if any(holds_in_full(parameter) for own in parameters.values() for parameter in own.values()):
+        # Of a stack all layers alike: megatron-core reads what lies in one tensor as one.
+        asked["model"] = {chunk: {n: _in_full(v, v.key) for n, v in own.items()} for chunk, own in wanted.items()}
+        asked["masters"] = {
+            chunk: {n: m for n, v in own.items() if (m := _master(v, stored)) is not None}
+            for chunk, own in wanted.items()
+        }
     # megatron-core's load is collective: a stage without the component joins with nothing of its own.
-    prefixes = (component + ".", f"{MASTERS}{component}.")
-    # Of a stack some layers may have masters and some not.
-    loaded = load_state({"model": asked}, checkpoint, *prefixes, gaps=True).get("model", {})
+    loaded = load_state(asked, checkpoint, component + ".", f"{MASTERS}{component}.")
     for chunk, own in parameters.items():
-        found = loaded.get(chunk, {})
+        found = loaded.get("model", {}).get(chunk, {}) | loaded.get("masters", {}).get(chunk, {})
         if missing := [name for name in own if name not in found]:
             raise UserError(
                 f"{checkpoint}: expected {component} tensors, found no {missing[0]} ({len(missing)} missing)"
@@ -222,15 +229,20 @@ def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collecti
             set_weight(parameter, found[name])
 
 
-def _in_full(weight: ShardedTensor | ShardedTensorFactory, stored: Mapping[str, Any]) -> Any:
-    """`weight` as float32 numbers of its own, on the CPU: of its master where that is among what is `stored`, else of itself."""
-    layer = None
-    if isinstance(weight, ShardedTensor) and weight.prepend_axis_num:
-        layer = weight.global_offset[0]
-    elif isinstance(weight, ShardedTensorFactory):
-        layer = next(part.global_offset[0] for part in nested_values(weight.build()) if part.prepend_axis_num)
-    key = MASTERS + weight.key if has_layer(stored.get(MASTERS + weight.key), layer) else weight.key
+def _in_full(weight: Sharded, key: str) -> Sharded:
+    """`weight` as float32 numbers of its own, on the CPU, of what is stored under `key`."""
     data = torch.empty_like(weight.data, dtype=torch.float32, device="cpu")
-    if isinstance(weight, ShardedTensor):
-        return dataclasses.replace(weight, key=key, data=data, dtype=torch.float32)
-    return dataclasses.replace(weight, key=key, data=data)
+    dtype = {"dtype": data.dtype} if isinstance(weight, ShardedTensor) else {}
+    found: Sharded = dataclasses.replace(weight, key=key, data=data, **dtype)
+    return found
+
+
+def _master(weight: Sharded, stored: Mapping[str, Any]) -> Sharded | None:
+    """The float32 numbers behind `weight`, where they are among what is `stored`."""
+    key, layer = MASTERS + weight.key, layer_of(weight)
+    if has_layer(stored.get(key), layer):
+        return _in_full(weight, key)
+    if layer is not None and layer_key(key, layer) in stored:
+        found: Sharded = alone(_in_full(weight, key))
+        return found
+    return None

@@ -34,7 +34,7 @@ from pivot_megatron.checkpoints.folder import opened
 from pivot_megatron.checkpoints.manifest import CheckedAhead, FileSum, Sum, blocks_of_range
 from pivot_megatron.convert.stored import has_layer
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.table import MASTERS, checkpoint_place
+from pivot_megatron.families.table import MASTERS, checkpoint_place, layer_key
 
 Make = Callable[[], Tensor]
 
@@ -61,7 +61,8 @@ def sharded(parameter: Parameter) -> ShardedTensor:
 
 def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Mapping[str, Any]) -> dict[str, FileSum]:
     """Into an empty `folder`, one parameter in memory at a time. Returns the checksums of the files of tensors, taken as those
-    are written: to read a large one again takes as long as to write it. `content`: megatron-core's content metadata.
+    are written: to read a large one again takes as long as to write it. `content`: megatron-core's content metadata, as it is
+    saved.
 
     megatron-core's own save takes tensors that are there. Its format is torch's, a file of what is no tensor, and a note of
     which format it is; 0.19 would put the second into the first, and reads it either way.
@@ -71,8 +72,7 @@ def write_parameters(parameters: Sequence[Parameter], folder: Path, content: Map
     writer = FileSystemWriter(folder, thread_count=1)
     writer.fs = summed = _SummedFiles()
     save({}, storage_writer=writer, planner=_Plan(tensors, makers), no_dist=True)
-    told = {name: value for name, value in content.items() if isinstance(value, str | bool)}  # not its process groups
-    torch.save({"content_metadata": told}, folder / "common.pt")
+    torch.save({"content_metadata": dict(content)}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     return {name: found.done() for name, found in summed.sums.items() if (folder / name).exists()}
 
@@ -172,9 +172,14 @@ class CheckpointParameters:
     def _place(self, name: str) -> tuple[str, Any, int | None]:
         """The key that gives parameter `name`, what is stored under it, and which layer of that."""
         key, layer = checkpoint_place(name)
-        stored, master = self._stored(key), self._metadata.state_dict_metadata.get(MASTERS + key)
-        if self.masters and stored.properties.dtype != torch.float32 and has_layer(master, layer):
-            return MASTERS + key, master, layer
+        stored, held = self._stored(key), self._metadata.state_dict_metadata
+        if not self.masters or stored.properties.dtype == torch.float32:
+            return key, stored, layer
+        master = MASTERS + key
+        if has_layer(held.get(master), layer):
+            return master, held[master], layer
+        if layer is not None and (own := layer_key(master, layer)) in held:
+            return own, held[own], None
         return key, stored, layer
 
     def dtype(self, name: str) -> torch.dtype:

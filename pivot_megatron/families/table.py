@@ -189,6 +189,12 @@ def spellings(name: str, prefix: str, aliases: Sequence[tuple[str, str]]) -> lis
 MASTERS = "optimizer.state.param."
 """What a checkpoint puts before a weight's key to name the float32 numbers behind it, which megatron-core's optimizer saves."""
 
+
+def layer_key(key: str, layer: int) -> str:
+    """Of a layer's tensor where it stands by itself, although its stack's `key` would hold all layers' in one."""
+    return f"{key}.{layer}"
+
+
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)\.(.*)")
 
 

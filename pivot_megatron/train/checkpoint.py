@@ -23,6 +23,7 @@ from pivot_megatron.checkpoints.policy import prune
 from pivot_megatron.config.schema import RunConfig
 from pivot_megatron.convert.frozen import freeze_layers
 from pivot_megatron.convert.saving import Saving, begin_saving
+from pivot_megatron.convert.stacks import all_alone
 from pivot_megatron.convert.store import (
     Description,
     common_state,
@@ -120,7 +121,7 @@ class Checkpointer:
         self._means_since = folder.means_since
         self._layout = {"tensor": layout.tensor, "pipeline": layout.pipeline, "world": dist.get_world_size()}
         self._description = description
-        self._gaps = freeze_layers(description.architecture(), config.parameters)
+        self._alone = freeze_layers(description.architecture(), config.parameters)
         self._before = 0  # the step of the checkpoint before
         self._pace = Pace(config.checkpoints.most_blocked, time.monotonic())
         self._saving: Saving | None = None
@@ -187,9 +188,7 @@ class Checkpointer:
         due, self._due = self._due or progress.step, None
         self._pace.begun(time.monotonic())
         out = step_folder(self.folder, progress.step)
-        saving = begin_saving(
-            state, out, self._description, lambda part: self._saved(progress.step, due).write(part), self._gaps
-        )
+        saving = begin_saving(state, out, self._description, lambda part: self._saved(progress.step, due).write(part))
         self._before = progress.step
         if background:
             self._saving = saving
@@ -230,7 +229,7 @@ class Checkpointer:
         state = self._state(wrapped, optimization, is_loading=True)
         if same_layout:
             state["random"] = self._random_shard(None)
-        loaded = load_state(state, checkpoint, gaps=self._gaps)
+        loaded = load_state(state, checkpoint)
         for chunk, weights in zip(wrapped, loaded["model"].values(), strict=True):
             set_weights(chunk.module, weights)
         optimization.optimizer.load_state_dict(loaded["optimizer"])
@@ -243,7 +242,7 @@ class Checkpointer:
         metadata = content_metadata()
         model = sharded_weights((chunk.module for chunk in wrapped), self._statistics)
         optimizer = optimization.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": model, "optimizer": all_alone(optimizer) if self._alone else optimizer}
 
     def _random_shard(self, value: Any) -> ShardedObject:
         """One a pipeline and tensor coordinate; data-parallel replicas hold the same."""

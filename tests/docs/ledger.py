@@ -172,6 +172,12 @@ RUNS = (
 )
 
 ELSEWHERE = {
+    "pivot bench layouts --shape vocabulary --processes 2 --rounds 1 --steps 3 --machine machine.yaml": (
+        "tests/dist/test_layouts.py::test_every_layout_of_two_processes"
+    ),
+    "pivot bench layouts --shape body --processes 2 --rounds 1 --steps 2 --machine machine.yaml": (
+        "tests/dist/test_layouts.py::test_every_layout_of_two_processes"
+    ),
     "make demo": "tests/dist/test_demo.py::test_demo_goes_on_after_ctrl_c_and_kill",
     "pivot check configs/evolve/grow_7b.yaml": "tests/unit/test_schedule_ready.py::test_a_schedule_is_checked_as_one",
     "pivot evolve configs/evolve/single.yaml": "tests/dist/test_evolve.py::test_an_encoder_goes_through_two_heads",

@@ -136,13 +136,9 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
         loader = replace(loader, reference=reference_pass.files(make=True))
     watch.at("preparing", files=True)
     checkpointer = Checkpointer(config, folder, description)
-    model = build_model(arch, config.layout, config.precision, config.recompute)
+    model, wrapped, optimization = _trainable(config, arch, steps)
     online = isinstance(config.objective, Dpo) and config.objective.reference == "online"
     reference = frozen_model(config, arch, model_start) if online else None
-    apply_rules(model, config.parameters)
-    model.train()
-    wrapped = wrap(model, config.layout)
-    optimization = build_optimization(wrapped, config, steps)
     if newest is None:
         start_weights(model, model_start, config.seed)  # the optimizer is there, whose masters take what weights round
     else:
@@ -175,6 +171,15 @@ def prepare(config: RunConfig, watch: Watch, trackers: Trackers, before_batch: C
     )
     before_reduction(wrapped, lambda: _computed(session))
     return session
+
+
+def _trainable(config: RunConfig, arch: Architecture, steps: int) -> tuple[Stage, list[Any], Optimization]:
+    """This rank's stage, with no weights yet, its chunks as they train, and what trains them."""
+    model = build_model(arch, config.layout, config.precision, config.recompute)
+    apply_rules(model, config.parameters)
+    model.train()
+    wrapped = wrap(model, config.layout)
+    return model, wrapped, build_optimization(wrapped, config, steps)
 
 
 def _standing(newest: Path | None, decided: Mapping[str, str], start: Model, begun: Mapping[str, str]) -> Progress:

@@ -210,9 +210,11 @@ def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collecti
     }
     parameters = {chunk: {name: value.data for name, value in own.items()} for chunk, own in wanted.items()}
     asked: dict[str, Any] = {"model": wanted}
-    if any(holds_in_full(parameter) for own in parameters.values() for parameter in own.values()):
+    in_full = [p for own in parameters.values() for p in own.values() if holds_in_full(p)]
+    if any(parameter.dtype is not torch.float32 for parameter in in_full):
         # Of a stack all layers alike: megatron-core reads what lies in one tensor as one.
         asked["model"] = {chunk: {n: _in_full(v, v.key) for n, v in own.items()} for chunk, own in wanted.items()}
+    if in_full:
         asked["masters"] = {
             chunk: {n: m for n, v in own.items() if (m := _master(v, stored)) is not None}
             for chunk, own in wanted.items()
@@ -238,8 +240,10 @@ def _in_full(weight: Sharded, key: str) -> Sharded:
 
 
 def _master(weight: Sharded, stored: Mapping[str, Any]) -> Sharded | None:
-    """The float32 numbers behind `weight`, where they are among what is `stored`."""
+    """The float32 numbers behind `weight`, where it is not float32 itself and they are among what is `stored`."""
     key, layer = MASTERS + weight.key, layer_of(weight)
+    if weight.key in stored and stored[weight.key].properties.dtype == torch.float32:
+        return None
     if has_layer(stored.get(key), layer):
         return _in_full(weight, key)
     if layer is not None and layer_key(key, layer) in stored:

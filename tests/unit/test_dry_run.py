@@ -216,14 +216,16 @@ def test_folders_need_a_config_alone(source: str, tmp_path: Path) -> None:
 
 
 _LARGE = """
-import resource
+import os, resource
 from pivot_megatron.config.schema import Layout
 from pivot_megatron.plan.dry_run import dry_run
 from pivot_megatron.plan.rehearsal import Build
+from pivot_megatron.runtime.memory import peak_resident
 from tests.parity.training_jobs import run_config
 from tests.plans import HEADS, SO400M, model
 run = dry_run(Build(model(SO400M, HEADS["72B"]), Layout(tensor=8, pipeline=8, virtual_pipeline=5), 512))
-print(run.passed, max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+# getrusage's own would be that of the process that started this one, if it was larger.
+print(run.passed, max(peak_resident(os.getpid()), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 """
 
 
@@ -231,6 +233,6 @@ print(run.passed, max(resource.getrusage(who).ru_maxrss for who in (resource.RUS
 def test_72b_on_512_gpus_takes_little_memory() -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True)
-    passed, kibibytes = done.stdout.split()
-    assert passed == "True" and int(kibibytes) < 4 << 20
+    passed, peak = done.stdout.split()
+    assert passed == "True" and int(peak) < 4 << 30
     assert time.monotonic() - began < 120

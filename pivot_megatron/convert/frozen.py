@@ -23,16 +23,19 @@ from pivot_megatron.model.freeze import rate_of
 
 def frozen_names(arch: Architecture, rules: Sequence[ParameterRule]) -> list[str]:
     """Canonical names of the parameters that `rules` freeze."""
-    names = (f"{component}.{row.megatron}" for component in COMPONENTS for row in component_rows(arch, component))
-    return [name for name in names if rate_of(name, rules) == "frozen"]
+    return [name for name in _names(arch) if rate_of(name, rules) == "frozen"]
 
 
 def freeze_layers(arch: Architecture, rules: Sequence[ParameterRule]) -> bool:
     """Whether `rules` freeze some layers of a stack and not others, so that the optimizer has a part alone of what checkpoints
     hold in one tensor."""
     frozen = set(frozen_names(arch, rules))
-    names = {f"{component}.{row.megatron}" for component in COMPONENTS for row in component_rows(arch, component)}
-    return bool({checkpoint_place(n)[0] for n in frozen} & {checkpoint_place(n)[0] for n in names - frozen})
+    training = set(_names(arch)) - frozen
+    return bool({checkpoint_place(n)[0] for n in frozen} & {checkpoint_place(n)[0] for n in training})
+
+
+def _names(arch: Architecture) -> list[str]:
+    return [f"{component}.{row.megatron}" for component in COMPONENTS for row in component_rows(arch, component)]
 
 
 def changed_parameters(checkpoint: Path, start: Model, seed: int, names: Collection[str]) -> list[str]:

@@ -27,12 +27,12 @@ from pivot_megatron.checkpoints.folder import FORMAT, facts_of, opened
 from pivot_megatron.config.schema import AnyRes
 from pivot_megatron.convert.hf import PROCESSOR, TOKENIZER_FILES, copy_file, read_json
 from pivot_megatron.convert.stacks import Sharded, alone, layer_of
-from pivot_megatron.convert.stored import has_layer, require_common_sound, require_sound, stored_tensors
+from pivot_megatron.convert.stored import master_place, require_common_sound, require_sound, stored_tensors
 from pivot_megatron.data.build import image_views
 from pivot_megatron.data.views import ImageViews
 from pivot_megatron.errors import UserError
 from pivot_megatron.families.registry import encoder_architecture, head_architecture
-from pivot_megatron.families.table import MASTERS, layer_key
+from pivot_megatron.families.table import MASTERS
 from pivot_megatron.model.composition import Architecture, Stage
 from pivot_megatron.runtime.fp8 import own_statistics
 from pivot_megatron.runtime.masters import holds_in_full, set_weight
@@ -203,7 +203,6 @@ def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collecti
     Where a parameter here holds float32 numbers, or has a master that does, they come from the master that the checkpoint has of
     it, if any: not from the 16-bit weight. FP8's running statistics begin anew.
     """
-    stored = stored_tensors(checkpoint)
     wanted = {
         chunk: {n: value for n, value in weights.items() if n.startswith(component + ".") and n not in leave}
         for chunk, weights in sharded_weights(model).items()
@@ -215,6 +214,7 @@ def load_weights(model: Stage, checkpoint: Path, component: str, leave: Collecti
         # Of a stack all layers alike: megatron-core reads what lies in one tensor as one.
         asked["model"] = {chunk: {n: _in_full(v, v.key) for n, v in own.items()} for chunk, own in wanted.items()}
     if in_full:
+        stored = stored_tensors(checkpoint)
         asked["masters"] = {
             chunk: {n: m for n, v in own.items() if (m := _master(v, stored)) is not None}
             for chunk, own in wanted.items()
@@ -241,12 +241,10 @@ def _in_full(weight: Sharded, key: str) -> Sharded:
 
 def _master(weight: Sharded, stored: Mapping[str, Any]) -> Sharded | None:
     """The float32 numbers behind `weight`, where it is not float32 itself and they are among what is `stored`."""
-    key, layer = MASTERS + weight.key, layer_of(weight)
-    if weight.key in stored and stored[weight.key].properties.dtype == torch.float32:
+    layer = layer_of(weight)
+    place = master_place(stored, weight.key, layer)
+    if place is None:
         return None
-    if has_layer(stored.get(key), layer):
-        return _in_full(weight, key)
-    if layer is not None and layer_key(key, layer) in stored:
-        found: Sharded = alone(_in_full(weight, key))
-        return found
-    return None
+    master = _in_full(weight, MASTERS + weight.key)
+    found: Sharded = master if place[1] == layer else alone(master)
+    return found

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from pivot_megatron.checkpoints.folder import opened
 from pivot_megatron.checkpoints.manifest import Block, blocks_of_range
 from pivot_megatron.errors import UserError
+from pivot_megatron.families.table import MASTERS, layer_key
 from pivot_megatron.runtime.distributed import gather_objects
 
 _COMMON = "common_state/"
@@ -24,8 +26,20 @@ def stored_tensors(checkpoint: Path) -> Mapping[str, Any]:
     return found
 
 
-def has_layer(stored: Any, layer: int | None) -> bool:
-    """Whether what the index says of a key tells of chunks of that layer, an entry of its first axis, or with None of any."""
+def master_place(stored: Mapping[str, Any], key: str, layer: int | None) -> tuple[str, int | None] | None:
+    """Under which key, and as which entry of its first axis, if any, the float32 numbers behind `layer` of the weight `key` are
+    `stored`. None where they are not, or the weight is float32 itself."""
+    if key in stored and stored[key].properties.dtype == torch.float32:
+        return None
+    master = MASTERS + key
+    if _has_layer(stored.get(master), layer):
+        return master, layer
+    if layer is not None and (own := layer_key(master, layer)) in stored:
+        return own, None
+    return None
+
+
+def _has_layer(stored: Any, layer: int | None) -> bool:
     return stored is not None and (layer is None or any(chunk.offsets[0] == layer for chunk in stored.chunks))
 
 

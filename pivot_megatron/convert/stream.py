@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pivot_megatron.checkpoints.folder import opened
 from pivot_megatron.checkpoints.manifest import CheckedAhead, FileSum, Sum, blocks_of_range
-from pivot_megatron.convert.stored import has_layer
+from pivot_megatron.convert.stored import master_place
 from pivot_megatron.errors import UserError
-from pivot_megatron.families.table import MASTERS, checkpoint_place, layer_key
+from pivot_megatron.families.table import checkpoint_place
 
 Make = Callable[[], Tensor]
 
@@ -173,14 +173,8 @@ class CheckpointParameters:
         """The key that gives parameter `name`, what is stored under it, and which layer of that."""
         key, layer = checkpoint_place(name)
         stored, held = self._stored(key), self._metadata.state_dict_metadata
-        if not self.masters or stored.properties.dtype == torch.float32:
-            return key, stored, layer
-        master = MASTERS + key
-        if has_layer(held.get(master), layer):
-            return master, held[master], layer
-        if layer is not None and (own := layer_key(master, layer)) in held:
-            return own, held[own], None
-        return key, stored, layer
+        master = master_place(held, key, layer) if self.masters else None
+        return (key, stored, layer) if master is None else (master[0], held[master[0]], master[1])
 
     def dtype(self, name: str) -> torch.dtype:
         """That it was saved in. Raises UserError if it is not there."""

@@ -14,6 +14,7 @@ from pivot_megatron.convert.digests import file_digest
 from pivot_megatron.convert.hf import TOKENIZER_FILES, read_json
 from pivot_megatron.convert.plan import COMPONENTS
 from pivot_megatron.convert.start import describe_start, fresh_parameters
+from pivot_megatron.convert.store import Description
 
 
 def start_fingerprint(start: Model, seed: int) -> dict[str, str]:
@@ -24,18 +25,18 @@ def start_fingerprint(start: Model, seed: int) -> dict[str, str]:
     """
     description = describe_start(start)
     return {
-        **{name: _component(start, name, seed) for name in COMPONENTS},
+        **{name: _component(start, name, seed, description) for name in COMPONENTS},
         "processor": description.image_views().fingerprint,
         "tokenizer": tokenizer_fingerprint(description.llm),
     }
 
 
-def _component(start: Model, name: str, seed: int) -> str:
+def _component(start: Model, name: str, seed: int, description: Description) -> str:
     component: Component = getattr(start, name)
     if component.checkpoint is not None:
         checkpoint = resolve_checkpoint(component.checkpoint)
         found = str(read_json(checkpoint / "model.json")["id"])
-        fresh = fresh_parameters(start, checkpoint, describe_start(start).architecture()) if name == "projector" else []
+        fresh = fresh_parameters(start, checkpoint, description.architecture()) if name == "projector" else []
         return f"{found}, but for {', '.join(fresh)}, fresh {seed}" if fresh else found
     if component.hf is not None:
         return folder_fingerprint(component.hf)
